@@ -1,0 +1,1 @@
+"""An own reading of disk images and their backing chains, independent of QEMU's code."""

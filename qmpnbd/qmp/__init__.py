@@ -1,0 +1,1 @@
+"""Control of a running QEMU over its monitor (QMP)."""

@@ -1,0 +1,1 @@
+"""Results as documents: one model, several renderings."""

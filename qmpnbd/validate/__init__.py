@@ -1,0 +1,1 @@
+"""Validation: what is served against what the images hold."""
