@@ -11,7 +11,8 @@
     │   ├── MonitorSilentError       12  no greeting: another client holds the monitor, or QEMU is stopped
     │   ├── MonitorLostError         13  the connection ended; what a pending command did is unknown
     │   ├── CommandFailedError       14  QEMU refused a command
-    │   └── UnsafeOperationError     15  QEMU would do it, and the guest could be hurt
+    │   ├── UnsafeOperationError     15  QEMU would do it, and the guest could be hurt
+    │   └── LeftBehindError          16  done, but something of ours could not be taken down
     ├── DiskError
     │   ├── NoSuchDiskError          20  no disk of that name
     │   ├── DiskNotLocalError        21  the disk is not made of files that can be read here
@@ -127,6 +128,12 @@ class UnsafeOperationError(MonitorError):
     """QEMU would do it, but the guest or its data could be hurt."""
 
     exit_code = 15
+
+
+class LeftBehindError(MonitorError):
+    """Something made inside QEMU could not be taken down; the message names it."""
+
+    exit_code = 16
 
 
 class DiskError(QmpnbdError):

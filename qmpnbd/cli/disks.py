@@ -1,0 +1,46 @@
+"""``qmpnbd disks``: the guest's disks and their backing chains."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from qmpnbd.cli import options, output
+
+if TYPE_CHECKING:
+    from qmpnbd.report.model import DisksDocument
+
+_SECONDS = 30.0
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("disks", help="list the guest's disks and their backing chains", allow_abbrev=False)
+    options.add_monitor(parser)
+    options.add_json(parser, "qmpnbd.disks/1")
+    options.add_timeout(parser, _SECONDS)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    from qmpnbd.cli import signals
+    from qmpnbd.report.jsontext import document_json
+    from qmpnbd.report.text import disks_text
+
+    document = signals.run(_document(arguments.qmp, arguments.timeout))
+    output.write([document_json(document) if arguments.json else disks_text(document)])
+    return 0
+
+
+async def _document(address: str, seconds: float) -> DisksDocument:
+    from qmpnbd.deadline import Deadline
+    from qmpnbd.qmp.inventory import guest_status, read_inventory
+    from qmpnbd.qmp.monitor import Monitor
+    from qmpnbd.report.disks import disks_document
+
+    deadline = Deadline(seconds)
+    async with await Monitor.connect(address, deadline) as monitor:
+        status = await guest_status(monitor, deadline)
+        inventory = await read_inventory(monitor, deadline)
+        return disks_document(monitor.where, str(monitor.version), status, inventory.disks, inventory.graph)

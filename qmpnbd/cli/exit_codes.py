@@ -1,0 +1,62 @@
+"""The table of exit codes, drawn from the error tree so that it cannot drift from it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+from qmpnbd import errors
+
+AGREED = 0
+DISCREPANCY = 1
+INCOMPLETE = 3
+HANGUP = 129
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+TERMINATED = 143
+
+_OTHERS = {
+    AGREED: "success; validate: served and computed agree",
+    DISCREPANCY: "validate: served and computed differ",
+    INCOMPLETE: "validate: no discrepancy, but not everything could be judged",
+    HANGUP: "ended by SIGHUP, everything taken down",
+    INTERRUPTED: "ended by Ctrl-C (SIGINT), everything taken down",
+    BROKEN_PIPE: "whoever read the output went away",
+    TERMINATED: "ended by SIGTERM, everything taken down",
+}
+
+
+class StoppedBySignal(BaseException):
+    """A signal ended the work, and everything was taken down.
+
+    Attributes:
+        exit_code: 128 plus the signal's number, as shells have it.
+    """
+
+    def __init__(self, number: signal.Signals, notes: list[str]) -> None:
+        super().__init__(number.name)
+        self.exit_code = 128 + number
+        for note in notes:
+            self.add_note(note)
+
+
+def exit_codes() -> dict[int, str]:
+    """Returns every exit code with its meaning, in ascending order."""
+    table = dict(_OTHERS)
+    for kind in _tree(errors.QmpnbdError):
+        # Branches of the tree share the code of its root; only the root tells it.
+        if "exit_code" in vars(kind):
+            table[kind.exit_code] = (kind.__doc__ or "").splitlines()[0].rstrip(".")
+    table[errors.QmpnbdError.exit_code] = "a fault of qmpnbd itself"
+    return dict(sorted(table.items()))
+
+
+def _tree(kind: type[errors.QmpnbdError]) -> Iterator[type[errors.QmpnbdError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _tree(child)
+
+
+def exit_code_help() -> str:
+    """Returns the table as lines for ``--help``."""
+    return "exit codes:\n" + "\n".join(f"  {code:>3}  {meaning}" for code, meaning in exit_codes().items())

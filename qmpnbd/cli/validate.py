@@ -1,0 +1,82 @@
+"""``qmpnbd validate``: served against computed, on a running guest."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from qmpnbd.cli import options, output
+from qmpnbd.cli.exit_codes import AGREED, DISCREPANCY, INCOMPLETE
+
+if TYPE_CHECKING:
+    from qmpnbd.report.model import ValidationReport
+
+_SECONDS = 600.0
+_ROUNDS = 5
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "validate",
+        help="prove that the served allocation depth is what the image files hold",
+        description="Exports each disk from the running QEMU, reads its allocation depth over NBD, computes it from "
+        "the image files, and compares the two. Everything made in QEMU is taken down again, whatever happens.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "disks", nargs="*", metavar="DISK", help="qdev id, QOM path or node-name (default: all disks of the guest)"
+    )
+    options.add_monitor(parser)
+    options.add_json(parser, "qmpnbd.validate/1")
+    options.add_timeout(parser, _SECONDS)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=_ROUNDS,
+        metavar="N",
+        help=f"read a disk that is being written at most N times (default: {_ROUNDS})",
+    )
+    parser.add_argument(
+        "--nbd",
+        metavar="URI",
+        help="share the NBD server that this QEMU runs already and that listens at URI; it is never stopped",
+    )
+    parser.add_argument(
+        "--runtime-dir",
+        metavar="DIR",
+        help="make the private directory with the NBD socket in DIR (default: $TMPDIR or /tmp); "
+        "QEMU must be able to write to it",
+    )
+    parser.add_argument(
+        "--allow-iothread",
+        action="store_true",
+        help="work on disks in an iothread although QEMU 7.x and 8.x may abort when an NBD client is lost",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    from qmpnbd.cli import signals
+    from qmpnbd.report.jsontext import document_json
+    from qmpnbd.report.text import validation_text
+    from qmpnbd.validate.run import Options, validate_disks
+
+    choice = Options(
+        seconds=arguments.timeout,
+        rounds=arguments.rounds,
+        nbd=arguments.nbd,
+        runtime_dir=arguments.runtime_dir,
+        allow_iothread=arguments.allow_iothread,
+    )
+    report = signals.run(validate_disks(arguments.qmp, arguments.disks, choice))
+    output.write([document_json(report) if arguments.json else validation_text(report)])
+    return exit_code(report)
+
+
+def exit_code(report: ValidationReport) -> int:
+    """Returns the exit code of a report; a disk that could not be validated gives its error's."""
+    if report.verdict == "error":
+        return next(disk.error.exit_code for disk in report.disks if disk.error is not None)
+    return {"agreed": AGREED, "discrepancy": DISCREPANCY, "incomplete": INCOMPLETE}[report.verdict]

@@ -1,0 +1,380 @@
+"""Bytes to values and back: every struct of NBD that this package speaks, and the operations a program yields.
+
+A *program* is a generator that talks NBD without doing any I/O. It yields what it needs, and whoever drives it (the
+doors in `qmpnbd.nbd.client` and `qmpnbd.nbd.aio`) does that and sends back the outcome::
+
+    program                                   door
+       yield Send(data)          ------->     send everything            ------> b""
+       yield Receive(20, "...")  ------->     receive exactly 20 bytes   ------> the bytes
+                                              end of stream, no time     ------> thrown into the program
+       return value              ------->     the caller gets it
+
+All integers are big-endian. Section names in quotes are those of doc/proto.md of the NBD project.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias, TypeVar
+
+from qmpnbd.nbd.constants import GREETING_MAGIC, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, REQUEST_MAGIC
+
+Received: TypeAlias = bytes | bytearray
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send all of `data`. What comes back is empty."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Receive exactly `count` bytes. What comes back is those bytes, and belongs to the program.
+
+    Attributes:
+        count: bytes, bounded by whoever asks.
+        what: what is being waited for, for the message when it does not come.
+        patience: seconds after which nothing is to be expected any more, whatever time the caller has; when they are
+            over TimeoutError is thrown into the program.
+    """
+
+    count: int
+    what: str
+    patience: float | None = None
+
+
+_T = TypeVar("_T")
+Program: TypeAlias = Generator[Send | Receive, Received, _T]
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """How a newstyle server begins ("Newstyle negotiation").
+
+    ::
+
+        0   8   "NBDMAGIC"
+        8   8   "IHAVEOPT"            an oldstyle server sends another number here
+        16  2   handshake flags
+    """
+
+    magic: bytes
+    style: int
+    flags: int
+
+    LAYOUT: ClassVar = struct.Struct(">8sQH")
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(self.magic, self.style, self.flags)
+
+    @classmethod
+    def newstyle(cls, flags: int) -> Greeting:
+        """Makes the greeting of a newstyle server."""
+        return cls(GREETING_MAGIC, OPTION_MAGIC, flags)
+
+    @classmethod
+    def unpack(cls, data: Received) -> Greeting:
+        """Takes the greeting apart; whether it is one is for the reader to say."""
+        return cls(*cls.LAYOUT.unpack(data))
+
+
+CLIENT_FLAGS = struct.Struct(">I")
+"""The client's answer to the greeting: 32 bits of client flags."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionRequest:
+    """What the client asks while haggling ("Newstyle negotiation").
+
+    ::
+
+        0   8   "IHAVEOPT"
+        8   4   option
+        12  4   length of the data
+        16  -   data
+    """
+
+    option: int
+    data: bytes = b""
+
+    LAYOUT: ClassVar = struct.Struct(">QII")
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(OPTION_MAGIC, self.option, len(self.data)) + self.data
+
+    @classmethod
+    def unpack_header(cls, header: Received) -> tuple[int, int, int]:
+        """Returns magic, option and length of the data."""
+        magic, option, length = cls.LAYOUT.unpack(header)
+        return magic, option, length
+
+
+@dataclass(frozen=True, slots=True)
+class OptionReplyHeader:
+    """What precedes the data of every option reply ("Fixed newstyle negotiation").
+
+    ::
+
+        0   8   0x3e889045565a9
+        8   4   option this answers
+        12  4   type of reply
+        16  4   length of the data
+    """
+
+    option: int
+    type: int
+    length: int
+    magic: int = OPTION_REPLY_MAGIC
+
+    LAYOUT: ClassVar = struct.Struct(">QIII")
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(self.magic, self.option, self.type, self.length)
+
+    @classmethod
+    def unpack(cls, data: Received) -> OptionReplyHeader:
+        """Takes a header apart; the magic is for the reader to check."""
+        magic, option, type_, length = cls.LAYOUT.unpack(data)
+        return cls(option, type_, length, magic)
+
+
+def pack_string(text: bytes) -> bytes:
+    """Returns a string as options carry it: 32 bits of length, then that many bytes."""
+    return _U32.pack(len(text)) + text
+
+
+_U16 = struct.Struct(">H")
+_U32 = struct.Struct(">I")
+
+
+def pack_go(name: bytes, infos: list[int]) -> bytes:
+    """Returns the data of GO or INFO: name (32-bit length, bytes), number of infos (16), infos (16 each)."""
+    return pack_string(name) + b"".join(_U16.pack(number) for number in (len(infos), *infos))
+
+
+def pack_meta_context_query(name: bytes, queries: list[bytes]) -> bytes:
+    """Returns the data of SET_META_CONTEXT: name, number of queries (32 bits), queries; strings with 32-bit lengths."""
+    return pack_string(name) + _U32.pack(len(queries)) + b"".join(pack_string(query) for query in queries)
+
+
+@dataclass(frozen=True, slots=True)
+class InfoExport:
+    """NBD_INFO_EXPORT ("Option reply types").
+
+    ::
+
+        0   2   0
+        2   8   size of the export
+        10  2   transmission flags
+    """
+
+    size: int
+    flags: int
+
+    LAYOUT: ClassVar = struct.Struct(">HQH")
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(0, self.size, self.flags)
+
+    @classmethod
+    def unpack(cls, data: Received) -> InfoExport | None:
+        """Takes it apart; None if it has not the right length."""
+        return cls(*cls.LAYOUT.unpack(data)[1:]) if len(data) == cls.LAYOUT.size else None
+
+
+@dataclass(frozen=True, slots=True)
+class InfoBlockSize:
+    """NBD_INFO_BLOCK_SIZE ("Option reply types").
+
+    ::
+
+        0   2   3
+        2   4   minimum block size
+        6   4   preferred block size
+        10  4   maximum payload size
+    """
+
+    minimum: int
+    preferred: int
+    maximum: int
+
+    LAYOUT: ClassVar = struct.Struct(">HIII")
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(3, self.minimum, self.preferred, self.maximum)
+
+    @classmethod
+    def unpack(cls, data: Received) -> InfoBlockSize | None:
+        """Takes it apart; None if it has not the right length."""
+        return cls(*cls.LAYOUT.unpack(data)[1:]) if len(data) == cls.LAYOUT.size else None
+
+
+def info_type(data: Received) -> int | None:
+    """Returns the type that begins the data of a NBD_REP_INFO (16 bits); None if there is not even that."""
+    return int(_U16.unpack_from(data)[0]) if len(data) >= _U16.size else None
+
+
+@dataclass(frozen=True, slots=True)
+class MetaContext:
+    """NBD_REP_META_CONTEXT ("Option reply types").
+
+    ::
+
+        0   4   context id
+        4   -   name
+    """
+
+    id: int
+    name: bytes
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return _U32.pack(self.id) + self.name
+
+    @classmethod
+    def unpack(cls, data: Received) -> MetaContext | None:
+        """Takes it apart; None if it has no room for an id and a name, or the name is too long."""
+        if not _U32.size < len(data) <= _U32.size + MAX_STRING:
+            return None
+        return cls(_U32.unpack_from(data)[0], bytes(data[_U32.size :]))
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHeader:
+    """What the client asks of an export ("Request message").
+
+    ::
+
+        0   4   0x25609513
+        4   2   command flags
+        6   2   command
+        8   8   cookie
+        16  8   offset
+        24  4   length
+    """
+
+    command: int
+    cookie: int
+    offset: int = 0
+    length: int = 0
+    flags: int = 0
+    magic: int = REQUEST_MAGIC
+
+    LAYOUT: ClassVar = struct.Struct(">IHHQQI")
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(self.magic, self.flags, self.command, self.cookie, self.offset, self.length)
+
+    @classmethod
+    def unpack(cls, data: Received) -> RequestHeader:
+        """Takes a request apart; the magic is for the reader to check."""
+        magic, flags, command, cookie, offset, length = cls.LAYOUT.unpack(data)
+        return cls(command, cookie, offset, length, flags, magic)
+
+
+REPLY_MAGIC = _U32
+"""The 32 bits that tell which kind of reply follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimpleReply:
+    """A simple reply behind its magic ("Simple reply message").
+
+    ::
+
+        0   4   error, 0 for success
+        4   8   cookie
+    """
+
+    error: int
+    cookie: int
+
+    LAYOUT: ClassVar = struct.Struct(">IQ")
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(self.error, self.cookie)
+
+    @classmethod
+    def unpack(cls, data: Received) -> SimpleReply:
+        """Takes a simple reply apart."""
+        return cls(*cls.LAYOUT.unpack(data))
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkHeader:
+    """What precedes the payload of a structured reply chunk, behind its magic ("Structured reply chunk message").
+
+    ::
+
+        0   2   flags
+        2   2   type
+        4   8   cookie
+        12  4   length of the payload
+    """
+
+    flags: int
+    type: int
+    cookie: int
+    length: int
+
+    LAYOUT: ClassVar = struct.Struct(">HHQI")
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(self.flags, self.type, self.cookie, self.length)
+
+    @classmethod
+    def unpack(cls, data: Received) -> ChunkHeader:
+        """Takes a chunk header apart."""
+        return cls(*cls.LAYOUT.unpack(data))
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorPayload:
+    """The payload of an error chunk ("Structured reply types").
+
+    ::
+
+        0   4   error
+        4   2   length of the message
+        6   -   message
+        -   8   offset (ERROR_OFFSET only)
+    """
+
+    error: int
+    message: bytes
+    rest: bytes = b""
+
+    LAYOUT: ClassVar = struct.Struct(">IH")
+    OFFSET: ClassVar = struct.Struct(">Q")
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(self.error, len(self.message)) + self.message + self.rest
+
+    @classmethod
+    def unpack(cls, data: Received) -> ErrorPayload | None:
+        """Takes an error apart; None if the message does not fit. What follows the message stays in `rest`."""
+        if len(data) < cls.LAYOUT.size:
+            return None
+        error, length = cls.LAYOUT.unpack_from(data)
+        end = cls.LAYOUT.size + length
+        return cls(error, bytes(data[cls.LAYOUT.size : end]), bytes(data[end:])) if end <= len(data) else None
+
+
+def printable(text: bytes, limit: int = MAX_STRING) -> str:
+    """Returns text from the other side so that it can be shown: no control characters, not endless."""
+    decoded = text[:limit].decode("utf-8", errors="replace")
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in decoded)
+    return shown.strip()[:limit]  # an escape is longer than what it stands for

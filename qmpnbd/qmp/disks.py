@@ -1,0 +1,91 @@
+"""The guest's disks, and how they are addressed.
+
+A disk is a guest device with the node behind it. People name it by the device's id, then by its QOM path, then by
+the node-name; never by file name, because files are shared between disks and change under a running guest. Nodes
+that belong to no device (the storage daemon has no devices at all) can be addressed by node-name as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qmpnbd.errors import NoSuchDiskError
+from qmpnbd.qmp.graph import BlockGraph
+from qmpnbd.qmp.models import BlockInfo
+
+_VIRTIO_BACKEND = "/virtio-backend"
+_PERIPHERAL = "/machine/peripheral/"
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk of the guest, or a node without a device.
+
+    Attributes:
+        name: the shortest address that means this disk.
+        qdev: the device's id; empty for a device made without one, and for a node without a device.
+        qom_path: the device's QOM path; empty for a node without a device.
+        node_name: the node that the device stands on.
+    """
+
+    name: str
+    qdev: str
+    qom_path: str
+    node_name: str
+
+    @property
+    def attached(self) -> bool:
+        """Whether a guest device stands on it."""
+        return bool(self.qom_path)
+
+
+def list_disks(blocks: Iterable[BlockInfo], graph: BlockGraph) -> list[Disk]:
+    """Returns the guest's disks in QEMU's order, then the top nodes that belong to no device.
+
+    Drives without a medium are left out: there is nothing to export. A drive that is attached to no device
+    (``-drive if=none`` that nobody took) is listed by its node, never as a disk of the guest.
+    """
+    disks = []
+    for block in blocks:
+        if not block.qdev or block.inserted is None or not block.inserted.node_name:
+            continue
+        qdev, qom_path = _device_address(block.qdev)
+        disks.append(Disk(qdev or qom_path, qdev, qom_path, block.inserted.node_name))
+    taken = {disk.node_name for disk in disks}
+    free = [Disk(name, "", "", name) for name in graph.roots if name not in taken]
+    return disks + free
+
+
+def _device_address(qdev: str) -> tuple[str, str]:
+    """Splits ``query-block``'s qdev into id and QOM path: virtio gives the path of its backend, scsi and ide the id."""
+    if not qdev.startswith("/"):
+        return qdev, _PERIPHERAL + qdev
+    path = qdev.removesuffix(_VIRTIO_BACKEND)
+    return (path.removeprefix(_PERIPHERAL) if path.startswith(_PERIPHERAL) else ""), path
+
+
+def find_disk(wanted: str, disks: Sequence[Disk], graph: BlockGraph, *, where: str) -> Disk:
+    """Returns the disk that `wanted` means: by qdev id, then QOM path, then node-name.
+
+    A node-name also finds a node inside a chain: its export then counts from that node.
+
+    Raises:
+        NoSuchDiskError: none or several; the message lists those that exist.
+    """
+    for found in (
+        [disk for disk in disks if disk.attached and wanted == disk.qdev],
+        [disk for disk in disks if disk.attached and wanted == disk.qom_path],
+        [disk for disk in disks if wanted == disk.node_name],
+    ):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(disk.qom_path or disk.node_name for disk in found)
+            raise NoSuchDiskError(f"{wanted!r} means several disks: {names}", where=where, remedy="Use a QOM path.")
+    if wanted in graph.nodes:
+        return Disk(wanted, "", "", wanted)
+    attached = ", ".join(disk.name for disk in disks if disk.attached)
+    free = ", ".join(disk.name for disk in disks if not disk.attached)
+    known = f"Disks: {attached or 'none'}" + (f"; nodes without a device: {free}." if free else ".")
+    raise NoSuchDiskError(f"there is no disk {wanted!r}", where=where, remedy=known)

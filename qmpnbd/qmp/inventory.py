@@ -1,0 +1,153 @@
+"""Reading what a QEMU has: its block graph, its disks, its state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.errors import CommandFailedError, MonitorError, UnsafeOperationError
+from qmpnbd.qmp.disks import Disk, list_disks
+from qmpnbd.qmp.graph import BlockGraph, build_graph
+from qmpnbd.qmp.models import BlockDeviceInfo, BlockExportInfo, BlockInfo, GraphReply, StatusInfo, parse_reply
+from qmpnbd.qmp.monitor import Monitor
+
+STORAGE_DAEMON = "storage daemon"
+"""The guest status of a QEMU that has no guest."""
+
+_EXPORTABLE = frozenset(
+    {"running", "paused", "prelaunch", "suspended", "watchdog", "guest-panicked", "io-error", "shutdown", "debug"}
+)
+_MAX_READS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The disks of a QEMU and the graph below them, read at one moment.
+
+    Attributes:
+        graph: all nodes and edges.
+        disks: the guest's disks, then nodes without a device.
+    """
+
+    graph: BlockGraph
+    disks: tuple[Disk, ...]
+
+
+async def read_graph(monitor: Monitor, deadline: Deadline) -> BlockGraph:
+    """Reads all nodes and the edges between them.
+
+    Two commands tell them, so they are asked until nothing changed in between.
+
+    Raises:
+        MonitorError: QEMU refused, or the graph never stood still.
+        DeadlineError: no reply in time.
+    """
+    nodes = await _nodes(monitor, deadline)
+    for _ in range(_MAX_READS):
+        command = "x-debug-query-block-graph"
+        edges = parse_reply(
+            GraphReply, await monitor.execute(command, deadline=deadline), command=command, where=monitor.where
+        )
+        nodes_after = await _nodes(monitor, deadline)
+        if nodes == nodes_after:
+            return build_graph(nodes, edges)
+        nodes = nodes_after
+    raise MonitorError(
+        "the block graph changes all the time", where=monitor.where, remedy="Wait for the running block jobs."
+    )
+
+
+async def _nodes(monitor: Monitor, deadline: Deadline) -> list[BlockDeviceInfo]:
+    command = "query-named-block-nodes"
+    # Without flat, each node repeats all images below it: quadratic, and more than qemu.qmp's buffer holds.
+    reply = await monitor.execute(command, {"flat": True}, deadline=deadline)
+    return parse_reply(list[BlockDeviceInfo], reply, command=command, where=monitor.where)
+
+
+async def read_inventory(monitor: Monitor, deadline: Deadline) -> Inventory:
+    """Reads the guest's disks with their whole node graph.
+
+    Raises:
+        MonitorError: QEMU refused, or the graph never stood still.
+        DeadlineError: no reply in time.
+    """
+    graph = await read_graph(monitor, deadline)
+    reply = await monitor.execute("query-block", deadline=deadline)
+    blocks = parse_reply(list[BlockInfo], reply, command="query-block", where=monitor.where)
+    return Inventory(graph, tuple(list_disks(blocks, graph)))
+
+
+async def read_exports(monitor: Monitor, deadline: Deadline) -> list[BlockExportInfo]:
+    """Reads the block exports, anyone's.
+
+    Raises:
+        MonitorError: QEMU refused.
+        DeadlineError: no reply in time.
+    """
+    reply = await monitor.execute("query-block-exports", deadline=deadline)
+    return parse_reply(list[BlockExportInfo], reply, command="query-block-exports", where=monitor.where)
+
+
+async def guest_status(monitor: Monitor, deadline: Deadline) -> str:
+    """Returns the guest's status in QEMU's words (``running``, ``paused``, …), or `STORAGE_DAEMON`.
+
+    Raises:
+        MonitorError: QEMU refused.
+        DeadlineError: no reply in time.
+    """
+    try:
+        reply = await monitor.execute("query-status", deadline=deadline)
+    except CommandFailedError as error:
+        if error.error_class == "CommandNotFound":
+            return STORAGE_DAEMON
+        raise
+    return parse_reply(StatusInfo, reply, command="query-status", where=monitor.where).status
+
+
+def require_exportable(status: str, where: str) -> None:
+    """Refuses to export disks of a guest that is migrating: an export would activate images that another host owns.
+
+    Raises:
+        UnsafeOperationError: the guest's status is not one in which its disks are this QEMU's own.
+    """
+    if status != STORAGE_DAEMON and status not in _EXPORTABLE:
+        raise UnsafeOperationError(
+            f"the guest's status is {status}: its disks may belong to another QEMU",
+            where=where,
+            remedy="Wait until the migration has ended.",
+        )
+
+
+async def require_no_iothread_bug(monitor: Monitor, disk: Disk, deadline: Deadline) -> None:
+    """Refuses disks in an iothread on QEMU 7.x and 8.x, which abort when an NBD client disconnects from one.
+
+    Measured on 7.2.22 (assertion in ``nbd_blockdev_client_closed``, 9 of 9 disconnects killed the guest); 5.2 and
+    10.0 survive. Teardown here closes the export first, which 7.2.22 survives too, but a killed client would not.
+
+    Raises:
+        UnsafeOperationError: this is such a disk.
+        MonitorError: QEMU refused to tell.
+        DeadlineError: no reply in time.
+    """
+    if monitor.version.qemu.major not in (7, 8) or not disk.attached:
+        return
+    iothread = await _property(monitor, disk.qom_path, "iothread", deadline)
+    if iothread is None:  # the device has none of its own: scsi disks run where their controller does
+        bus = await _property(monitor, disk.qom_path, "parent_bus", deadline) or ""
+        controller = bus.removesuffix("/" + bus.rpartition("/")[2]).removesuffix("/virtio-backend")
+        iothread = await _property(monitor, controller, "iothread", deadline) if controller else None
+    if iothread:
+        raise UnsafeOperationError(
+            f"the disk runs in the iothread {iothread}, and QEMU {monitor.version.qemu.major}.x aborts when an NBD "
+            "client of such a disk is lost",
+            where=f"disk {disk.name}",
+            remedy="Update QEMU to 9.1 or later, or accept the risk with --allow-iothread.",
+        )
+
+
+async def _property(monitor: Monitor, path: str, name: str, deadline: Deadline) -> str | None:
+    try:
+        value = await monitor.execute("qom-get", {"path": path, "property": name}, deadline=deadline)
+    except CommandFailedError:
+        return None  # no such property
+    return value if isinstance(value, str) else None

@@ -1,0 +1,313 @@
+"""The door to a QEMU monitor: qemu.qmp, with a bound on every wait.
+
+A QMP socket serves one client at a time. The second one connects (the kernel accepts for QEMU) and then hears
+nothing; so does a client of a stopped QEMU. qemu.qmp would wait for ever, and so would it for a server that is no
+monitor and waits for us to speak. So the first byte is waited for here, before qemu.qmp takes the socket over::
+
+    connect -> first byte '{' within 5 s -> greeting, capabilities (qemu.qmp) -> commands
+                |          |
+                |          `- something else: not a monitor
+                `- nothing: taken by another client, or stopped
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+from qemu.qmp.protocol import Runstate
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.errors import (
+    CommandFailedError,
+    MonitorConnectError,
+    MonitorLostError,
+    MonitorSilentError,
+    NotAMonitorError,
+)
+from qmpnbd.qmp.address import MonitorAddress, TcpAddress, parse_address
+from qmpnbd.qmp.models import VersionInfo, parse_reply
+
+T = TypeVar("T")
+
+GREETING_SECONDS = 5.0
+"""How long a monitor may take to greet; QEMU does it at once unless it is stopped or taken."""
+
+CLOSE_SECONDS = 2.0
+"""How long a polite goodbye may take; it waits for QEMU to read what was written."""
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work` to its end even if the caller is cancelled meanwhile; the cancellation is raised afterwards.
+
+    For what must not be left half done: starting something in QEMU whose outcome decides what to take down, and
+    taking it down.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # looked at, so that asyncio does not complain; the cancellation is the news
+        raise cancelled
+    return task.result()
+
+
+class Monitor:
+    """A connected monitor; made by `connect`, closed by `close` or at the end of an ``async with``.
+
+    Attributes:
+        where: the address, for messages.
+        version: QEMU's version.
+        peer_pid: process id of QEMU if it is on this host and the kernel tells it, else None.
+    """
+
+    def __init__(self, client: QMPClient, sock: socket.socket, where: str) -> None:
+        self._client = client
+        self._socket = sock
+        self.where = where
+        self.peer_pid = _peer_pid(sock)
+        self._version: VersionInfo | None = None
+
+    @classmethod
+    async def connect(cls, address: MonitorAddress | str, deadline: Deadline) -> Self:
+        """Connects and negotiates.
+
+        Args:
+            address: where the monitor listens, parsed or as people write it (`qmpnbd.qmp.address.parse_address`).
+            deadline: for all of it; the greeting alone must come within `GREETING_SECONDS`.
+
+        Raises:
+            UsageError: not an address.
+            MonitorConnectError: nothing to connect to.
+            NotAMonitorError: what answers does not speak QMP.
+            MonitorSilentError: no greeting.
+            DeadlineError: `deadline` passed.
+        """
+        target = parse_address(address) if isinstance(address, str) else address
+        where = str(target)
+        sock = await _connect(target, deadline.within(GREETING_SECONDS), where)
+        client = QMPClient("qmpnbd")
+        # The default listener keeps every event for ever; only short-lived listeners are used here.
+        client.events.event_filter = lambda _event: False
+        try:
+            await _first_byte(sock, deadline.within(GREETING_SECONDS), where)
+            async with asyncio.timeout(deadline.within(GREETING_SECONDS).remaining("the QMP greeting", where)):
+                await client.connect(sock)
+        except TimeoutError:
+            sock.close()
+            raise _silent(where) from None
+        except ConnectError as error:
+            sock.close()
+            raise NotAMonitorError(
+                f"not a QMP monitor: {error.exc}", where=where, remedy="Give the socket of QEMU's -qmp option."
+            ) from error
+        except BaseException:
+            sock.close()
+            raise
+        monitor = cls(client, sock, where)
+        try:
+            reply = await monitor.execute("query-version", deadline=deadline)
+            monitor._version = parse_reply(VersionInfo, reply, command="query-version", where=where)
+        except BaseException:
+            await monitor.close()
+            raise
+        return monitor
+
+    @property
+    def version(self) -> VersionInfo:
+        """QEMU's version, asked once when connecting."""
+        if self._version is None:
+            raise MonitorLostError("the connection was not made to its end", where=self.where)
+        return self._version
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, deadline: Deadline
+    ) -> object:
+        """Sends a command and returns its reply, decoded.
+
+        Raises:
+            CommandFailedError: QEMU refused it.
+            MonitorLostError: the connection ended; whether the command was carried out is unknown.
+            DeadlineError: no reply in time; the command may still be carried out.
+        """
+        seconds = deadline.remaining(f"QEMU's reply to {command}", self.where)
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._client.execute(command, dict(arguments) if arguments is not None else None)
+        except TimeoutError:
+            raise deadline.expired(f"QEMU's reply to {command}", self.where) from None
+        except ExecuteError as error:
+            raise CommandFailedError(command, error.error_class, str(error), where=self.where) from error
+        except (ExecInterruptedError, StateError, QMPError, EOFError, OSError) as error:
+            raise MonitorLostError(
+                f"the monitor connection ended during {command}",
+                where=self.where,
+                remedy="See whether QEMU still runs; what was pending may or may not have happened.",
+            ) from error
+
+    @contextlib.contextmanager
+    def events(self, name: str) -> Iterator[EventListener]:
+        """Collects the events of one name from here on; enter it before the command that causes them."""
+        with self._client.listen(listener := EventListener(name)):
+            yield listener
+
+    async def next_event(self, listener: EventListener, what: str, deadline: Deadline) -> Mapping[str, object]:
+        """Returns the data of the next event of `listener`.
+
+        Args:
+            listener: from `events`.
+            what: what is waited for, for messages.
+            deadline: how long.
+
+        Raises:
+            MonitorLostError: the connection ended; a listener alone would wait for ever.
+            DeadlineError: none came in time.
+        """
+        event = asyncio.ensure_future(listener.get())
+        ended = asyncio.ensure_future(self._ended())
+        try:
+            seconds = deadline.remaining(what, self.where)
+            await asyncio.wait({event, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if event.done():
+                data = event.result().get("data")
+                return data if isinstance(data, dict) else {}
+            if ended.done():
+                raise MonitorLostError(f"the monitor connection ended while waiting for {what}", where=self.where)
+            raise deadline.expired(what, self.where)
+        finally:
+            await _drop(event, ended)
+
+    async def _ended(self) -> None:
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+
+    def working_directory(self) -> str | None:
+        """Returns QEMU's working directory, to which relative image names refer, or None if it cannot be known."""
+        if self.peer_pid is None:
+            return None
+        with contextlib.suppress(OSError):
+            return str(Path(f"/proc/{self.peer_pid}/cwd").readlink())
+        return None
+
+    async def close(self) -> None:
+        """Ends the connection; never raises, and takes at most a few seconds even if QEMU does not read."""
+        await finish(self._close())
+
+    async def _close(self) -> None:
+        goodbye = asyncio.ensure_future(_quietly(self._client.disconnect()))
+        done, _ = await asyncio.wait({goodbye}, timeout=CLOSE_SECONDS)
+        if not done:
+            # Ends the pending reads and writes of qemu.qmp, which wait for a QEMU that does not read.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            await asyncio.wait({goodbye}, timeout=CLOSE_SECONDS)
+        await _drop(goodbye)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+async def _quietly(work: Awaitable[object]) -> None:
+    # After a death of QEMU, disconnect() raises the cause, of any type; execute() has told it already.
+    with contextlib.suppress(Exception):
+        await work
+
+
+async def _drop(*futures: asyncio.Future[Any]) -> None:
+    for future in futures:
+        future.cancel()
+    await asyncio.gather(*futures, return_exceptions=True)
+
+
+async def _connect(target: MonitorAddress, deadline: Deadline, where: str) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    sock: socket.socket | None = None
+    try:
+        async with asyncio.timeout(deadline.remaining("the connection to the monitor", where)):
+            if isinstance(target, TcpAddress):
+                infos = await loop.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+                family, kind, protocol, _, endpoint = infos[0]
+                sock = socket.socket(family, kind, protocol)
+                sock.setblocking(False)
+                await loop.sock_connect(sock, endpoint)
+            else:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                sock.setblocking(False)
+                await loop.sock_connect(sock, target.path)
+    except BaseException as error:
+        if sock is not None:
+            sock.close()
+        if isinstance(error, TimeoutError):
+            raise deadline.expired("the connection to the monitor", where) from None
+        if isinstance(error, OSError):
+            raise _connect_error(error, where) from error
+        raise
+    return sock
+
+
+def _connect_error(error: OSError, where: str) -> MonitorConnectError:
+    if isinstance(error, FileNotFoundError):
+        return MonitorConnectError(
+            "no such socket", where=where, remedy="Start QEMU with -qmp unix:PATH,server=on,wait=off, or correct PATH."
+        )
+    if isinstance(error, ConnectionRefusedError):
+        return MonitorConnectError("nobody listens there", where=where, remedy="See whether QEMU still runs.")
+    if isinstance(error, PermissionError):
+        return MonitorConnectError("permission denied", where=where, remedy="Run as the user of QEMU, or as root.")
+    return MonitorConnectError(
+        f"cannot connect: {error.strerror or error}", where=where, remedy="Give the socket of QEMU's -qmp option."
+    )
+
+
+async def _first_byte(sock: socket.socket, deadline: Deadline, where: str) -> None:
+    """Waits until the peer has said something, and leaves it in the socket."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(sock, readable.set)
+    try:
+        async with asyncio.timeout(deadline.remaining("the QMP greeting", where)):
+            await readable.wait()
+    finally:
+        loop.remove_reader(sock)
+    try:
+        first = sock.recv(1, socket.MSG_PEEK)
+    except OSError as error:
+        raise _connect_error(error, where) from error
+    if first != b"{":
+        said = "it closed the connection" if not first else f"it began with {first!r}"
+        raise NotAMonitorError(
+            f"not a QMP monitor: {said}", where=where, remedy="Give the socket of QEMU's -qmp option."
+        )
+
+
+def _silent(where: str) -> MonitorSilentError:
+    return MonitorSilentError(
+        f"no greeting within {GREETING_SECONDS:g} s",
+        where=where,
+        remedy="Another client holds this monitor (it serves one at a time), or QEMU is stopped, or it is no monitor. "
+        "Give QEMU a second -qmp socket for qmpnbd.",
+    )
+
+
+def _peer_pid(sock: socket.socket) -> int | None:
+    if sock.family != socket.AF_UNIX:
+        return None
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid: int = struct.unpack("3i", credentials)[0]
+    return pid or None  # 0: QEMU runs in a process namespace that cannot be seen from here

@@ -1,0 +1,59 @@
+"""Documents as JSON text.
+
+Small documents go through pydantic as a whole. Maps can have millions of extents, for which an object each would
+take minutes and gigabytes: their columns are written as text right away, in the place the model gives them, one
+extent a line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from qmpnbd.extents import ExtentMap
+from qmpnbd.report.model import ChainDocument, Document, MapDocument
+
+
+def document_json(document: Document) -> str:
+    """Returns a document as indented JSON with a newline at its end."""
+    return document.model_dump_json(indent=2) + "\n"
+
+
+def chain_json(head: ChainDocument, extents: ExtentMap) -> Iterator[str]:
+    """Yields a chain document piece by piece.
+
+    Args:
+        head: the document without its extents.
+        extents: allocation depth.
+    """
+    text = head.model_dump_json(indent=2, exclude={"extents"})
+    yield text.removesuffix("\n}")
+    yield ',\n  "extents": ['
+    yield from _extents(extents, "    ")
+    yield "\n  ]\n}\n"
+
+
+def map_json(head: MapDocument, maps: dict[str, ExtentMap]) -> Iterator[str]:
+    """Yields a map document piece by piece.
+
+    Args:
+        head: the document without its maps.
+        maps: context -> map.
+    """
+    text = head.model_dump_json(indent=2, exclude={"maps"})
+    yield text.removesuffix("\n}")
+    yield ',\n  "maps": ['
+    separator = "\n"
+    for context, extents in maps.items():
+        yield f'{separator}    {{\n      "context": {json.dumps(context)},\n      "extents": ['
+        yield from _extents(extents, "        ")
+        yield "\n      ]\n    }"
+        separator = ",\n"
+    yield "\n  ]\n}\n"
+
+
+def _extents(extents: ExtentMap, indent: str) -> Iterator[str]:
+    separator = "\n"
+    for extent in extents:
+        yield (f'{separator}{indent}{{"offset": {extent.offset}, "length": {extent.length}, "value": {extent.value}}}')
+        separator = ",\n"

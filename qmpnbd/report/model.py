@@ -1,0 +1,290 @@
+"""The documents this package gives out: one versioned schema each, the same in the library and in ``--json``.
+
+A document names its schema (``qmpnbd.validate/1``). Within a number, fields are only added; anything else is a new
+number. The JSON schemas under ``docs/schema`` are generated from here. Offsets, ends, lengths and sizes are bytes;
+extents are half-open.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from qmpnbd import __version__
+from qmpnbd.errors import QmpnbdError
+
+Verdict = Literal["agreed", "discrepancy", "incomplete", "error"]
+
+
+class Part(BaseModel):
+    """Base of everything in a document: frozen, and strict about what goes in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True, validate_by_name=True)
+
+
+class ErrorEntry(Part):
+    """What went wrong.
+
+    Attributes:
+        type: the error's class, as in `qmpnbd.errors`.
+        exit_code: the exit code of that class.
+        where: the socket, file, disk or export it concerns.
+        what: what went wrong.
+        remedy: what to do next; may be empty.
+    """
+
+    type: str
+    exit_code: int
+    where: str
+    what: str
+    remedy: str
+
+    @classmethod
+    def of(cls, error: QmpnbdError) -> ErrorEntry:
+        """Describes an error."""
+        return cls(
+            type=type(error).__name__,
+            exit_code=error.exit_code,
+            where=error.where,
+            what=error.what,
+            remedy=error.remedy,
+        )
+
+
+class LayerEntry(Part):
+    """A layer of a backing chain.
+
+    Attributes:
+        layer_index: 0 = active layer, what ``qemu-img map`` calls depth.
+        allocation_depth: what NBD says of data held by this layer.
+        file: the image file.
+        format: ``qcow2`` or ``raw``.
+        format_probed: whether the format was guessed from the file's content because nothing told it.
+        node_name: the node in QEMU; empty where no QEMU was asked.
+        size: bytes the layer shows to the one above.
+        cluster_size: bytes in a cluster; null for raw.
+    """
+
+    layer_index: int
+    allocation_depth: int
+    file: str
+    format: str
+    format_probed: bool
+    node_name: str
+    size: int
+    cluster_size: int | None
+
+
+class DepthTotal(Part):
+    """How many bytes have one allocation depth."""
+
+    allocation_depth: int
+    bytes: int
+
+
+class DiscrepancyEntry(Part):
+    """A run of bytes for which the server and the image files say different things.
+
+    Attributes:
+        offset: first byte.
+        end: the byte after the last one.
+        served: allocation depth as QEMU serves it.
+        computed: allocation depth computed from the files.
+        file: the layer that decided what was computed; null if no explanation was asked for.
+        why: what was read there.
+    """
+
+    offset: int
+    end: int
+    served: int
+    computed: int
+    file: str | None
+    why: str
+
+
+class RangeEntry(Part):
+    """A run of bytes."""
+
+    offset: int
+    end: int
+
+
+class DiskReport(Part):
+    """The validation of one disk.
+
+    Attributes:
+        name: the disk as it was addressed.
+        qom_path: the device; empty for a node without one.
+        node_name: the node that was exported.
+        verdict: ``agreed``; ``discrepancy`` (at least one); ``incomplete`` (none found, but not everything could be
+            judged because the guest was writing there or the graph changed); ``error``.
+        size: bytes of the disk as served.
+        computed_size: bytes of the disk according to its files; differing from `size` is a discrepancy.
+        layers: the backing chain, active layer first.
+        totals: bytes at each served allocation depth.
+        extents: runs of equal allocation depth in the served map.
+        strip: the served map in small: the depth that most bytes have in each of 64 equal parts of the disk.
+        rounds: how often served and computed were read.
+        discrepancies: the first ones, in order.
+        discrepancy_count: all of them.
+        discrepancy_bytes: bytes in all of them.
+        set_aside: the first runs that could not be judged.
+        set_aside_bytes: bytes in all of them.
+        seconds: time taken.
+        error: what went wrong; null unless the verdict is ``error``.
+    """
+
+    name: str
+    qom_path: str
+    node_name: str
+    verdict: Verdict
+    size: int = 0
+    computed_size: int = 0
+    layers: tuple[LayerEntry, ...] = ()
+    totals: tuple[DepthTotal, ...] = ()
+    extents: int = 0
+    strip: tuple[int, ...] = ()
+    rounds: int = 0
+    discrepancies: tuple[DiscrepancyEntry, ...] = ()
+    discrepancy_count: int = 0
+    discrepancy_bytes: int = 0
+    set_aside: tuple[RangeEntry, ...] = ()
+    set_aside_bytes: int = 0
+    seconds: float = 0.0
+    error: ErrorEntry | None = None
+
+
+class Document(Part):
+    """Base of all documents.
+
+    Attributes:
+        generator: what made it.
+    """
+
+    generator: str = f"qmpnbd {__version__}"
+
+
+class ValidationReport(Document):
+    """The result of ``qmpnbd validate``.
+
+    Attributes:
+        monitor: the QMP address.
+        qemu: QEMU's version.
+        guest: the guest's status, or ``storage daemon``.
+        started: when the validation began (UTC, ISO 8601).
+        verdict: the worst of the disks': discrepancy, then error, then incomplete, then agreed.
+        disks: one report a disk.
+    """
+
+    schema_: Literal["qmpnbd.validate/1"] = Field(default="qmpnbd.validate/1", alias="schema")
+    monitor: str
+    qemu: str
+    guest: str
+    started: str
+    verdict: Verdict
+    disks: tuple[DiskReport, ...]
+
+
+class DiskEntry(Part):
+    """A disk of the guest, or a node without a device.
+
+    Attributes:
+        name: the shortest address that means it.
+        attached: whether a guest device stands on it.
+        qdev: the device's id; may be empty.
+        qom_path: the device's QOM path; may be empty.
+        node_name: the node.
+        driver: the node's block driver.
+        size: bytes.
+        read_only: whether the node was opened read-only.
+        layers: the chain that an export of the node counts.
+        problem: why the chain cannot be read here; null if it can.
+    """
+
+    name: str
+    attached: bool
+    qdev: str
+    qom_path: str
+    node_name: str
+    driver: str
+    size: int
+    read_only: bool
+    layers: tuple[NodeEntry, ...]
+    problem: ErrorEntry | None
+
+
+class NodeEntry(Part):
+    """A layer as QEMU's block graph shows it."""
+
+    allocation_depth: int
+    node_name: str
+    format: str
+    file: str
+
+
+class DisksDocument(Document):
+    """The result of ``qmpnbd disks``."""
+
+    schema_: Literal["qmpnbd.disks/1"] = Field(default="qmpnbd.disks/1", alias="schema")
+    monitor: str
+    qemu: str
+    guest: str
+    disks: tuple[DiskEntry, ...]
+
+
+class ExtentEntry(Part):
+    """A run of bytes with one status.
+
+    Attributes:
+        offset: first byte.
+        length: bytes.
+        value: the status, as the context defines it.
+    """
+
+    offset: int
+    length: int
+    value: int
+
+
+class ContextMap(Part):
+    """What an export says in one metadata context."""
+
+    context: str
+    extents: tuple[ExtentEntry, ...]
+
+
+class MapDocument(Document):
+    """The result of ``qmpnbd map``."""
+
+    schema_: Literal["qmpnbd.map/1"] = Field(default="qmpnbd.map/1", alias="schema")
+    uri: str
+    size: int
+    maps: tuple[ContextMap, ...]
+
+
+class ChainDocument(Document):
+    """The result of ``qmpnbd chain``: what an NBD export of the image would serve as ``qemu:allocation-depth``."""
+
+    schema_: Literal["qmpnbd.chain/1"] = Field(default="qmpnbd.chain/1", alias="schema")
+    image: str
+    size: int
+    layers: tuple[LayerEntry, ...]
+    extents: tuple[ExtentEntry, ...]
+
+
+class ErrorDocument(Document):
+    """What is on stdout instead of a result when ``--json`` was asked for and the command failed."""
+
+    schema_: Literal["qmpnbd.error/1"] = Field(default="qmpnbd.error/1", alias="schema")
+    error: ErrorEntry
+
+
+DOCUMENTS: tuple[type[Document], ...] = (
+    ValidationReport,
+    DisksDocument,
+    MapDocument,
+    ChainDocument,
+    ErrorDocument,
+)
+"""Every document there is; their schemas are committed under ``docs/schema``."""

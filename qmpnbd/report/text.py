@@ -1,0 +1,164 @@
+"""Documents as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from qmpnbd.extents import ExtentMap
+from qmpnbd.report.contexts import describe
+from qmpnbd.report.model import (
+    DiscrepancyEntry,
+    DiskReport,
+    DisksDocument,
+    LayerEntry,
+    ValidationReport,
+)
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_SHOWN = 10
+_HEADLINES = {
+    "agreed": "AGREED",
+    "discrepancy": "DISCREPANCY",
+    "incomplete": "NOT EVERYTHING COULD BE JUDGED",
+    "error": "NOT VALIDATED",
+}
+
+
+def human_size(count: int) -> str:
+    """Returns a number of bytes with a binary unit, exact where it is a small multiple of one: ``64 KiB``."""
+    value, unit = float(count), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.4g} {_UNITS[unit]}"
+
+
+def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[str]:
+    """Yields lines of aligned columns.
+
+    Args:
+        rows: the heading first.
+        right: columns to align on the right.
+    """
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    to_the_right = set(right)
+    for row in rows:
+        cells = [
+            cell.rjust(width) if index in to_the_right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def validation_text(report: ValidationReport) -> str:
+    """Returns a validation report."""
+    lines = [f"QEMU {report.qemu}, {_guest(report.guest)}, monitor {report.monitor}"]
+    for disk in report.disks:
+        lines += ["", *_disk(disk)]
+    return "\n".join(lines) + "\n"
+
+
+def _guest(status: str) -> str:
+    return status if status == "storage daemon" else f"guest {status}"
+
+
+def _disk(disk: DiskReport) -> Iterator[str]:
+    yield f"disk {disk.name} (node {disk.node_name}): {_HEADLINES[disk.verdict]}"
+    if disk.error is not None:
+        yield f"  {disk.error.where}: {disk.error.what}. {disk.error.remedy}".rstrip()
+        return
+    again = f", read {disk.rounds} times" if disk.rounds > 1 else ""
+    yield f"  {human_size(disk.size)} in {disk.extents:,} extents of one allocation depth{again}, {disk.seconds:.2f} s"
+    if disk.computed_size != disk.size:
+        yield f"  size: served {disk.size} bytes, computed {disk.computed_size} bytes from the files"
+    totals = {total.allocation_depth: total.bytes for total in disk.totals}
+    yield from (f"  {line}" for line in layer_table(disk.layers, totals))
+    if disk.strip:
+        yield f"  [{_strip(disk)}]"
+    yield from _discrepancies(disk)
+    if disk.set_aside_bytes:
+        yield f"  set aside, the guest wrote there all the time: {disk.set_aside_bytes} bytes"
+        yield from (f"    [{run.offset}, {run.end})" for run in disk.set_aside[:_SHOWN])
+
+
+def _discrepancies(disk: DiskReport) -> Iterator[str]:
+    if not disk.discrepancy_count:
+        return
+    noun = "discrepancy" if disk.discrepancy_count == 1 else "discrepancies"
+    yield f"  {disk.discrepancy_count:,} {noun}, {disk.discrepancy_bytes} bytes:"
+    for each in disk.discrepancies[:_SHOWN]:
+        yield from _discrepancy(each)
+    if disk.discrepancy_count > _SHOWN:
+        yield f"    … {disk.discrepancy_count - _SHOWN:,} more (--json lists {len(disk.discrepancies)})"
+
+
+def _discrepancy(each: DiscrepancyEntry) -> Iterator[str]:
+    yield (
+        f"    [{each.offset}, {each.end})  served depth {each.served} ({_meaning(each.served)}), "
+        f"computed {each.computed} ({_meaning(each.computed)})"
+    )
+    yield f"      decided by {each.file}" if each.file else "      no layer holds it"
+    yield from (f"      {line}" for line in each.why.splitlines())
+
+
+def _meaning(depth: int) -> str:
+    return describe("qemu:allocation-depth", depth) or ""
+
+
+def layer_table(layers: Sequence[LayerEntry], totals: Mapping[int, int]) -> Iterator[str]:
+    """Yields the layers of a chain with the bytes seen in each.
+
+    Args:
+        layers: active layer first.
+        totals: allocation depth -> bytes.
+    """
+    rows = [("depth", "bytes seen", "format", "clusters", "file")]
+    for layer in layers:
+        clusters = "-" if layer.cluster_size is None else human_size(layer.cluster_size)
+        kind = f"{layer.format}?" if layer.format_probed else layer.format
+        seen = human_size(totals.get(layer.allocation_depth, 0))
+        rows.append((str(layer.allocation_depth), seen, kind, clusters, layer.file))
+    if totals.get(0):
+        rows.append(("0", human_size(totals[0]), "-", "-", "(in no layer)"))
+    yield from table(rows, right=(0, 1))
+
+
+def _strip(disk: DiskReport) -> str:
+    cells = [depth_mark(depth) for depth in disk.strip]
+    for each in disk.discrepancies:
+        first = each.offset * len(cells) // disk.size
+        last = (each.end - 1) * len(cells) // disk.size
+        cells[first : last + 1] = ["!"] * (last + 1 - first)
+    return "".join(cells)
+
+
+def depth_mark(depth: int) -> str:
+    """Returns one character for an allocation depth: ``.`` for 0, ``+`` above 9."""
+    return "." if depth == 0 else str(depth) if depth <= 9 else "+"
+
+
+def disks_text(document: DisksDocument) -> str:
+    """Returns the list of disks."""
+    lines = [f"QEMU {document.qemu}, {_guest(document.guest)}, monitor {document.monitor}"]
+    for disk in document.disks:
+        kind = f"disk {disk.name}" if disk.attached else f"node {disk.name} (no device)"
+        mode = "read-only" if disk.read_only else "writable"
+        lines += ["", f"{kind}: {human_size(disk.size)}, {mode}, node {disk.node_name}"]
+        if disk.qom_path and disk.qom_path != disk.name:
+            lines.append(f"  {disk.qom_path}")
+        if disk.problem is not None:
+            lines.append(f"  {disk.problem.where}: {disk.problem.what}. {disk.problem.remedy}".rstrip())
+        if disk.layers:
+            rows = [("depth", "format", "node", "file")]
+            rows += [(str(layer.allocation_depth), layer.format, layer.node_name, layer.file) for layer in disk.layers]
+            lines += [f"  {line}" for line in table(rows, right=(0,))]
+    if not document.disks:
+        lines += ["", "no disks"]
+    return "\n".join(lines) + "\n"
+
+
+def extents_text(context: str, extents: ExtentMap) -> Iterator[str]:
+    """Yields the lines of a map, heading first, newlines included."""
+    yield f"{'offset':>16} {'length':>16} {'value':>5}  {context}\n"
+    for extent in extents:
+        meaning = describe(context, extent.value) or ""
+        yield f"{extent.offset:>16} {extent.length:>16} {extent.value:>5}  {meaning}".rstrip() + "\n"

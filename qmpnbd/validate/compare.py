@@ -1,0 +1,110 @@
+"""Served against computed, on a disk that may be written meanwhile.
+
+The two maps cannot be read at one instant, so a difference may be the guest's doing. Each round reads::
+
+    served before  ->  flush  ->  files (computed)  ->  served after
+                                      |
+    a byte agrees if computed equals the served value before or after: QEMU and the files said the same
+    within the round. One that differs from both is open. It is a suspect if the served value stood still.
+
+A suspect that is one again in the next round is a discrepancy: QEMU twice said the same thing, and the files
+twice said another. What is open and no discrepancy after the last round is set aside, and told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from qmpnbd.extents import U64, ExtentMap
+
+_SHIFT = np.uint64(32)
+_LOW = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Discrepancy:
+    """A run of bytes for which served and computed differ.
+
+    Attributes:
+        offset: first byte.
+        end: the byte after the last one.
+        served: allocation depth as served.
+        computed: allocation depth computed from the files.
+    """
+
+    offset: int
+    end: int
+    served: int
+    computed: int
+
+
+class Comparison:
+    """The judgement over several rounds; pure.
+
+    Attributes:
+        rounds: rounds judged so far.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.rounds = 0
+        self._open = ExtentMap.uniform(size, 1)
+        self._suspects = ExtentMap.uniform(size, 0)
+        self._found = ExtentMap.uniform(size, 0)
+
+    @property
+    def settled(self) -> bool:
+        """Whether every byte has agreed or is a discrepancy: another round would tell nothing new."""
+        return self.rounds > 0 and not self._open.values.any()
+
+    def add(self, before: ExtentMap, computed: ExtentMap, after: ExtentMap | None = None) -> None:
+        """Judges a round.
+
+        Args:
+            before: the map served before the files were read.
+            computed: the map computed from the files.
+            after: the map served after that; needed only if `before` and `computed` differ.
+
+        Raises:
+            ValueError: the maps differ in size, or `after` is needed and missing.
+        """
+        self.rounds += 1
+        if before == computed:
+            self._open = self._suspects = ExtentMap.uniform(before.size, 0)
+            return
+        if after is None:
+            raise ValueError("the maps differ, so the map served after the files were read is needed")
+        differs = before.combine(computed, np.not_equal).combine(after.combine(computed, np.not_equal), np.logical_and)
+        bad = self._open.combine(differs, np.logical_and)
+        suspects = bad.combine(before.combine(after, np.equal), np.logical_and)
+        confirmed = suspects.combine(self._suspects, np.logical_and)
+        pairs = before.combine(computed, _pair)
+        self._found = self._found.overlay(pairs.combine(confirmed, _where))
+        self._open = bad.combine(confirmed, lambda is_bad, is_found: is_bad & ~is_found & np.uint64(1))
+        self._suspects = suspects
+
+    def discrepancies(self) -> Iterator[Discrepancy]:
+        """Yields every discrepancy, in order."""
+        for extent in self._found:
+            if extent.value:
+                yield Discrepancy(extent.offset, extent.end, extent.value >> 32, extent.value & _LOW)
+
+    def discrepancy_totals(self) -> tuple[int, int]:
+        """Returns the number of discrepancies and the bytes in them."""
+        bytes_found = self._found.size - self._found.totals().get(0, 0)
+        return int(np.count_nonzero(self._found.values)), bytes_found
+
+    def set_aside(self) -> ExtentMap:
+        """Returns 1 for every byte that could not be judged, 0 elsewhere."""
+        return self._open
+
+
+def _pair(served: U64, computed: U64) -> U64:
+    # Two 32-bit depths in one value; served and computed differ wherever it is used, so it is not 0 there.
+    return (served << _SHIFT) | (computed & np.uint64(_LOW))
+
+
+def _where(pair: U64, wanted: U64) -> U64:
+    return np.where(wanted != 0, pair, np.uint64(0))

@@ -1,0 +1,70 @@
+"""The image files' side of a validation: blocking work, run in a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.extents import ExtentMap
+from qmpnbd.images.chain import Explanation, Layer, LayerSpec
+from qmpnbd.images.files import open_layers
+from qmpnbd.validate.compare import Discrepancy
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A backing chain as its files were at one moment.
+
+    Attributes:
+        specs: which files were read, and how.
+        layers: what they are, active layer first.
+        depth: the allocation depth computed from them.
+    """
+
+    specs: tuple[LayerSpec, ...]
+    layers: tuple[Layer, ...]
+    depth: ExtentMap
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """A discrepancy, and what in the files led to the computed value."""
+
+    discrepancy: Discrepancy
+    explanation: Explanation
+
+
+def check_readable(specs: Sequence[LayerSpec], deadline: Deadline) -> None:
+    """Opens a chain and closes it, which tells whether its files are there and of a kind that is read here.
+
+    Raises:
+        ImageError: a layer cannot be read.
+        DeadlineError: `deadline` passed.
+    """
+    with open_layers(specs, deadline=deadline):
+        pass
+
+
+def read_chain(specs: Sequence[LayerSpec], deadline: Deadline) -> Reading:
+    """Opens a chain, computes its allocation depth and closes it.
+
+    Raises:
+        ImageError: a layer cannot be read.
+        DeadlineError: `deadline` passed.
+    """
+    with open_layers(specs, deadline=deadline) as chain:
+        return Reading(tuple(specs), chain.layers, chain.allocation_depth())
+
+
+def explain_all(
+    specs: Sequence[LayerSpec], discrepancies: Iterable[Discrepancy], deadline: Deadline
+) -> list[Explained]:
+    """Reads the table entries again that decide the first byte of each discrepancy.
+
+    Raises:
+        ImageError: a layer cannot be read.
+        DeadlineError: `deadline` passed.
+    """
+    with open_layers(specs, deadline=deadline) as chain:
+        return [Explained(found, chain.explain(found.offset)) for found in discrepancies]
