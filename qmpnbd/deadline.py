@@ -58,7 +58,8 @@ class Deadline:
     def within(self, seconds: float) -> Deadline:
         """Returns a deadline at most `seconds` from now and not after this one."""
         inner = Deadline(seconds)
-        inner._end = min(inner._end, self._end)
+        if self._end < inner._end:
+            inner._end, inner.seconds = self._end, self.seconds
         inner._stop = self._stop
         return inner
 

@@ -143,10 +143,10 @@ def _file_node(
 ) -> Reference:
     driver = options.pop("driver", "file")
     if driver not in _LOCAL:
-        if driver in _OTHER_NODES or driver in ("raw", "qcow2"):
+        if not isinstance(driver, str) or driver in (*_OTHER_NODES, "raw", "qcow2"):
             _refuse(f"{prefix}driver is {driver!r}", where)
         raise BackingNotLocalError(
-            f"its backing file is reached by QEMU's {printable(str(driver))} driver", where=where, remedy=_REMEDY_LOCAL
+            f"its backing file is reached by QEMU's {printable(driver)} driver", where=where, remedy=_REMEDY_LOCAL
         )
     filename = options.pop("filename", None)
     if not isinstance(filename, str) or not filename:

@@ -154,7 +154,6 @@ class Connection:
         """Books that we closed, with leave taken or without."""
         if self._state is not State.DEAD:
             self._become(State.CLOSED)
-        self._pending.clear()
 
     def violation(self, what: str) -> NbdProtocolError:
         """Declares the connection dead because the server broke the protocol, and makes the error that says how."""
@@ -336,9 +335,12 @@ class Connection:
         raise self.violation(f"a status for context id {status.context_id} that nobody asked for")
 
     def _become(self, state: State) -> None:
+        """Changes the state, if that is legal."""
         if state not in _NEXT[self._state]:
             raise UsageError(f"the connection is {self._state.name.lower()}", where=self.where)
         self._state = state
+        if state in {State.CLOSED, State.DEAD}:
+            self._pending.clear()  # nobody will answer them
 
 
 _REMEDIES: Final[dict[int, str]] = {

@@ -211,7 +211,7 @@ def _select_contexts(name: bytes, wanted: Mapping[bytes, str], where: str) -> Pr
                     f"the metadata context {asked!r} is not offered", where=where, remedy=_how_to_offer(asked)
                 )
             )
-    return granted
+    return {asked: granted[asked] for asked in wanted.values()}  # in the caller's order, not the server's
 
 
 def _how_to_offer(context: str) -> str:

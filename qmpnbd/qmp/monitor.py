@@ -43,6 +43,8 @@ GREETING_SECONDS = 5.0
 CLOSE_SECONDS = 2.0
 """How long a polite goodbye may take; it waits for QEMU to read what was written."""
 
+_RETRY_SECONDS = 0.05
+
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:
     """Runs `work` to its end even if the caller is cancelled meanwhile; the cancellation is raised afterwards.
@@ -96,17 +98,18 @@ class Monitor:
         """
         target = parse_address(address) if isinstance(address, str) else address
         where = str(target)
-        sock = await _connect(target, deadline.within(GREETING_SECONDS), where)
+        greeting = deadline.within(GREETING_SECONDS)
+        sock = await _connect(target, greeting, where)
         client = QMPClient("qmpnbd")
         # The default listener keeps every event for ever; only short-lived listeners are used here.
         client.events.event_filter = lambda _event: False
         try:
-            await _first_byte(sock, deadline.within(GREETING_SECONDS), where)
-            async with asyncio.timeout(deadline.within(GREETING_SECONDS).remaining("the QMP greeting", where)):
+            async with asyncio.timeout(greeting.remaining("the QMP greeting", where)):
+                await _first_byte(sock, where)
                 await client.connect(sock)
         except TimeoutError:
             sock.close()
-            raise _silent(where) from None
+            raise _silent(where, greeting.seconds) from None
         except ConnectError as error:
             sock.close()
             raise NotAMonitorError(
@@ -249,16 +252,27 @@ async def _connect(target: MonitorAddress, deadline: Deadline, where: str) -> so
             else:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 sock.setblocking(False)
-                await loop.sock_connect(sock, target.path)
+                await _connect_unix(sock, target.path)
     except BaseException as error:
         if sock is not None:
             sock.close()
         if isinstance(error, TimeoutError):
-            raise deadline.expired("the connection to the monitor", where) from None
+            raise _silent(where, deadline.seconds) from None
         if isinstance(error, OSError):
             raise _connect_error(error, where) from error
         raise
     return sock
+
+
+async def _connect_unix(sock: socket.socket, path: str) -> None:
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            # The queue of a listener that accepts nobody is full, and nothing tells when it is not: try again.
+            await asyncio.sleep(_RETRY_SECONDS)
+        else:
+            return
 
 
 def _connect_error(error: OSError, where: str) -> MonitorConnectError:
@@ -275,14 +289,13 @@ def _connect_error(error: OSError, where: str) -> MonitorConnectError:
     )
 
 
-async def _first_byte(sock: socket.socket, deadline: Deadline, where: str) -> None:
+async def _first_byte(sock: socket.socket, where: str) -> None:
     """Waits until the peer has said something, and leaves it in the socket."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(sock, readable.set)
     try:
-        async with asyncio.timeout(deadline.remaining("the QMP greeting", where)):
-            await readable.wait()
+        await readable.wait()
     finally:
         loop.remove_reader(sock)
     try:
@@ -296,9 +309,9 @@ async def _first_byte(sock: socket.socket, deadline: Deadline, where: str) -> No
         )
 
 
-def _silent(where: str) -> MonitorSilentError:
+def _silent(where: str, seconds: float | None) -> MonitorSilentError:
     return MonitorSilentError(
-        f"no greeting within {GREETING_SECONDS:g} s",
+        f"no greeting within {seconds:g} s",
         where=where,
         remedy="Another client holds this monitor (it serves one at a time), or QEMU is stopped, or it is no monitor. "
         "Give QEMU a second -qmp socket for qmpnbd.",

@@ -1,0 +1,220 @@
+"""Backing chains to test with: recipes from a seeded generator, built by qemu-img and qemu-io.
+
+A recipe is plain data with a readable id, so it can be a pytest parameter; `build` turns it into files::
+
+    @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.id)
+    def test_something(recipe: ChainRecipe, tmp_path: Path) -> None:
+        top = build(recipe, tmp_path)
+
+The option matrix: cluster sizes 512 to 2 MiB, versions 2 and 3, one to five layers, raw or qcow2 at the bottom,
+backing files shorter, longer and unaligned, data, zeroes, discards and compressed writes, internal snapshots,
+relative, absolute, ``file:`` and ``json:`` names, preallocation, lazy refcounts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+SEED = 20250101
+COUNT = 60
+CLUSTER_BITS = range(9, 22)
+
+Naming: TypeAlias = Literal["relative", "absolute", "file", "json"]
+
+
+@dataclass(frozen=True)
+class Write:
+    """One change of a layer: a qemu-io command without its offset and length."""
+
+    command: str
+    offset: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.command} {self.offset} {self.length}"
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """One file of a chain.
+
+    Attributes:
+        naming: how the layer above names this one.
+        snapshot_after: an internal snapshot is taken after so many writes; None for none.
+        odd: bytes taken from the size in a qcow2 header afterwards; qemu-img itself only makes whole sectors.
+    """
+
+    format: Literal["qcow2", "raw"]
+    size: int
+    cluster_bits: int = 16
+    version: Literal[2, 3] = 3
+    lazy_refcounts: bool = False
+    preallocation: str = "off"
+    writes: tuple[Write, ...] = ()
+    snapshot_after: int | None = None
+    odd: int = 0
+    naming: Naming = "relative"
+
+
+@dataclass(frozen=True)
+class ChainRecipe:
+    """A chain; `layers` from the base up, as they are made."""
+
+    id: str
+    layers: tuple[LayerRecipe, ...]
+
+
+def recipes(count: int = COUNT, seed: int = SEED) -> list[ChainRecipe]:
+    """Returns `count` different chains, the same ones every time."""
+    return [_chain(number, random.Random(seed + number)) for number in range(count)]
+
+
+def build(recipe: ChainRecipe, folder: Path) -> Path:
+    """Makes the files of a chain in `folder` and returns the active layer's.
+
+    Raises:
+        FileNotFoundError: qemu-img or qemu-io is not installed. A missing tool must not turn tests green.
+        RuntimeError: one of them failed.
+    """
+    below: Path | None = None
+    last = len(recipe.layers) - 1
+    for number, layer in enumerate(recipe.layers):
+        name = "top" if number == last else "base" if number == 0 else f"mid{number}"
+        path = folder / f"{name}.{layer.format}"
+        _create(path, layer, below, recipe.layers[number - 1])
+        cut = len(layer.writes) if layer.snapshot_after is None else layer.snapshot_after
+        _change(path, layer, layer.writes[:cut])
+        if layer.snapshot_after is not None:
+            run("qemu-img", "snapshot", "-q", "-c", "before", path)
+            _change(path, layer, layer.writes[cut:])
+        if layer.odd:
+            with path.open("r+b") as file:
+                file.seek(24)
+                file.write((layer.size - layer.odd).to_bytes(8, "big"))
+        below = path
+    assert below is not None
+    return below
+
+
+def run(tool: str, *arguments: object, cwd: Path | None = None) -> str:
+    """Runs a tool and returns its standard output.
+
+    Raises:
+        FileNotFoundError: the tool is not installed.
+        RuntimeError: it failed.
+    """
+    found = shutil.which(tool)
+    if found is None:
+        raise FileNotFoundError(f"{tool} is not installed: apt install qemu-utils libnbd-bin")
+    command = [found, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=cwd)
+    if done.returncode:
+        raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr or done.stdout}")
+    return done.stdout
+
+
+def _create(path: Path, layer: LayerRecipe, below: Path | None, below_recipe: LayerRecipe) -> None:
+    if layer.format == "raw":
+        with path.open("wb") as file:
+            file.truncate(layer.size)
+        return
+    options = [f"cluster_size={1 << layer.cluster_bits}", f"compat={'0.10' if layer.version == 2 else '1.1'}"]
+    if layer.lazy_refcounts:
+        options.append("lazy_refcounts=on")
+    if layer.preallocation != "off":
+        options.append(f"preallocation={layer.preallocation}")
+    backing: list[object] = []
+    if below is not None:
+        backing = ["-F", below_recipe.format, "-b", _name(below, below_recipe)]
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", ",".join(options), *backing, path, layer.size)
+
+
+def _name(path: Path, layer: LayerRecipe) -> str:
+    match layer.naming:
+        case "relative":
+            return path.name
+        case "absolute":
+            return str(path.absolute())
+        case "file":
+            return f"file:{path.absolute()}"
+        case "json":
+            file = {"driver": "file", "filename": str(path.absolute())}
+            return "json:" + json.dumps({"driver": layer.format, "file": file})
+
+
+def _change(path: Path, layer: LayerRecipe, writes: tuple[Write, ...]) -> None:
+    if writes:
+        commands = [part for write in writes for part in ("-c", str(write))]
+        output = run("qemu-io", "-f", layer.format, *commands, path)
+        if "failed" in output or "rror" in output:
+            raise RuntimeError(f"qemu-io {commands} on {path}: {output}")
+
+
+def _chain(number: int, dice: random.Random) -> ChainRecipe:
+    count = number % 5 + 1
+    base_format: Literal["qcow2", "raw"] = "raw" if count > 1 and dice.random() < 0.35 else "qcow2"
+    # Every cluster size comes up; the disk is some tens of clusters, and with small ones many L2 tables.
+    first_bits = CLUSTER_BITS[number % len(CLUSTER_BITS)]
+    size = max(1 << 20, 24 << first_bits)
+    layers = []
+    for height in range(count):
+        bits = first_bits if dice.random() < 0.6 else dice.choice([bits for bits in CLUSTER_BITS if bits <= 18])
+        raw = height == 0 and base_format == "raw"
+        layers.append(_layer(dice, size, bits, raw=raw, has_backing=height > 0))
+    parts = [f"{layer.format}{layer.version if layer.format == 'qcow2' else ''}" for layer in reversed(layers)]
+    return ChainRecipe(f"{number:02}-{'-'.join(parts)}-{1 << layers[-1].cluster_bits}", tuple(layers))
+
+
+def _layer(dice: random.Random, size: int, bits: int, *, raw: bool, has_backing: bool) -> LayerRecipe:
+    own = size
+    match dice.randrange(5):
+        case 0:
+            own = dice.randrange(size // 3, size)
+        case 1:
+            own = size + dice.randrange(size // 2)
+        case 2:
+            own = dice.randrange(size // 2, size) // 512 * 512 + 512
+    if not raw:
+        own = own // 512 * 512
+    version: Literal[2, 3] = dice.choice([2, 3, 3])
+    preallocation = "metadata" if not has_backing and not raw and dice.random() < 0.15 else "off"
+    writes = tuple(_write(dice, own, bits) for _ in range(0 if dice.random() < 0.1 else dice.randrange(1, 16)))
+    if writes and not raw and preallocation == "off":
+        writes = (*_compressed(dice, own, bits), *writes)
+    return LayerRecipe(
+        format="raw" if raw else "qcow2",
+        size=own,
+        cluster_bits=bits,
+        version=version,
+        lazy_refcounts=version == 3 and dice.random() < 0.2,
+        preallocation=preallocation,
+        writes=writes,
+        snapshot_after=dice.randrange(len(writes)) if writes and not raw and dice.random() < 0.2 else None,
+        odd=0 if raw or dice.random() < 0.8 else dice.randrange(1, 512),
+        naming=dice.choice(["relative", "relative", "absolute", "file", "json"]),
+    )
+
+
+def _compressed(dice: random.Random, size: int, bits: int) -> list[Write]:
+    """Compressed writes come first and never twice: QEMU cannot compress into a cluster that is in use."""
+    clusters = range(size >> bits)
+    chosen = dice.sample(clusters, min(len(clusters), dice.choice([0, 1, 4])))
+    return [Write("write -q -c", cluster << bits, 1 << bits) for cluster in chosen]
+
+
+def _write(dice: random.Random, size: int, bits: int) -> Write:
+    command = dice.choice(["write -q", "write -q", "write -q -z", "write -q -z -u", "discard -q"])
+    sectors, cluster = size // 512, (1 << bits) // 512
+    start = dice.randrange(sectors)
+    if dice.random() < 0.5:
+        start = start // cluster * cluster
+        length = cluster * dice.choice([1, 1, 2, 5])
+    else:
+        length = dice.randrange(1, 3 * cluster + 1)
+    return Write(command, start * 512, min(length, sectors - start) * 512)

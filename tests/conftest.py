@@ -1,0 +1,29 @@
+"""Fixtures that several modules use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import qemu_img, qemu_io, short_folder
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short name, for sockets."""
+    with short_folder() as path:
+        yield path
+
+
+@pytest.fixture(scope="session")
+def three_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw template, a layer and an active layer, each holding something; never written by tests."""
+    folder = tmp_path_factory.mktemp("three")
+    qemu_img("create", "-q", "-f", "raw", folder / "base.raw", "8M")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", folder / "mid.qcow2", "16M")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", folder / "top.qcow2", "16M")
+    qemu_io(folder / "mid.qcow2", "write -P 1 1M 1M", "write -z 10M 64k")
+    qemu_io(folder / "top.qcow2", "write -P 2 64k 128k", "write -P 3 12M 64k")
+    return folder

@@ -1,0 +1,75 @@
+"""qcow2 files made by hand, for entries that QEMU would never write.
+
+::
+
+    cluster 0   header, extensions, backing name
+    cluster 1.. L1 table, then the L2 tables that are needed
+    DATA..END   room for data; the file ends at END, or where it is told to
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qmpnbd.images.qcow2_format import Qcow2Header, pack_extensions
+
+BACKING_FORMAT = 0xE2792ACA
+NAME_AT = 0x100
+DATA = 0x10000
+END = 0x20000
+COPIED = 1 << 63
+
+
+def qcow2_bytes(
+    entries: Mapping[int, int],
+    *,
+    size: int = 128 * 512,
+    backing: str = "",
+    backing_format: str = "",
+    length: int = END,
+    **fields: Any,
+) -> bytes:
+    """Makes an image.
+
+    Args:
+        entries: L2 entries by guest cluster; an L2 table exists where one is not left out.
+        size: bytes of the disk.
+        backing: the backing name.
+        backing_format: recorded beside it if not empty.
+        length: bytes in the file; larger ones are cut, smaller ones padded.
+        fields: of `Qcow2Header`; 512-byte clusters unless told otherwise.
+    """
+    bits = fields.setdefault("cluster_bits", 9)
+    cluster, per_table = 1 << bits, (1 << bits) // 8
+    needed = -(-size // (cluster * per_table))
+    if backing:
+        fields.setdefault("backing_offset", NAME_AT)
+        fields.setdefault("backing_length", len(backing))
+    if fields.get("version") == 2:
+        fields.setdefault("header_length", 72)
+    fields.setdefault("l1_entries", needed)
+    fields.setdefault("l1_offset", cluster if needed else 0)
+    header = Qcow2Header(size=size, **fields)
+    extensions = [(BACKING_FORMAT, backing_format.encode())] if backing_format else []
+    image = bytearray(header.pack() + pack_extensions(*extensions))
+    put(image, NAME_AT, backing.encode())
+    table_at = cluster + -(-needed * 8 // cluster) * cluster
+    for table in sorted({guest // per_table for guest in entries}):
+        put(image, cluster + 8 * table, (table_at | COPIED).to_bytes(8, "big"))
+        row = np.zeros(per_table, dtype=">u8")
+        for guest, entry in entries.items():
+            if guest // per_table == table:
+                row[guest % per_table] = entry
+        put(image, table_at, row.tobytes())
+        table_at += cluster
+    put(image, length, b"")
+    return bytes(image[:length])
+
+
+def put(image: bytearray, offset: int, data: bytes) -> None:
+    """Writes into an image, which grows if it must."""
+    image.extend(bytes(max(0, offset + len(data) - len(image))))
+    image[offset : offset + len(data)] = data

@@ -1,0 +1,412 @@
+"""Opening chains of files made by hand: what is found, and every way in which files can be wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.errors import (
+    BackingNotLocalError,
+    ChainError,
+    DeadlineError,
+    ImageCorruptError,
+    ImageError,
+    ImageMissingError,
+    ImageTruncatedError,
+    ImageUnreadableError,
+    ImageUnsupportedError,
+    UsageError,
+)
+from qmpnbd.extents import ExtentMap
+from qmpnbd.images import hostfile
+from qmpnbd.images.chain import LayerSpec
+from qmpnbd.images.files import MAX_LAYERS, open_chain, open_layers
+from tests.handmade import COPIED, DATA, END, put, qcow2_bytes
+
+SIZE = 128 * 512  # two L2 tables of 64 clusters of 512 bytes
+ZERO = 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, so that paths in messages are short."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _no_file_stays_open() -> object:
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def write(name: str, data: bytes) -> str:
+    Path(name).write_bytes(data)
+    return name
+
+
+def depths(path: str) -> ExtentMap:
+    with open_chain(path) as chain:
+        return chain.allocation_depth()
+
+
+def runs(*pairs: tuple[int, int]) -> ExtentMap:
+    """A map of pairs of clusters and value."""
+    return ExtentMap.of_extents((clusters * 512, value) for clusters, value in pairs)
+
+
+@pytest.fixture
+def three_layers(folder: Path) -> str:
+    write("base.raw", bytes(1000))
+    write("mid.qcow2", qcow2_bytes({3: ZERO, 70: COPIED | DATA}, size=100 * 512, backing="base.raw"))
+    return write("top.qcow2", qcow2_bytes({0: COPIED | DATA}, backing="mid.qcow2", backing_format="qcow2"))
+
+
+def test_a_chain(three_layers: str) -> None:
+    with open_chain(three_layers) as chain:
+        assert chain.size == SIZE
+        assert chain.allocated(0) == runs((1, 1), (127, 0))
+        assert chain.allocated(1) == runs((3, 0), (1, 1), (66, 0), (1, 1), (29, 0))
+        assert chain.allocated(2) == runs((2, 1))
+        assert chain.allocation_depth() == runs((1, 1), (1, 3), (1, 3), (1, 2), (66, 3), (1, 2), (29, 3), (28, 2))
+        top, mid, base = chain.layers
+    assert (top.index, top.path, top.format, top.format_probed, top.size) == (0, "top.qcow2", "qcow2", True, SIZE)
+    assert (top.cluster_size, top.has_backing, top.allocation_depth) == (512, True, 1)
+    assert (mid.path, mid.format_probed, mid.size, mid.allocation_depth) == ("mid.qcow2", False, 100 * 512, 2)
+    assert (base.path, base.format, base.format_probed, base.size) == ("base.raw", "raw", True, 1024)
+    assert (base.cluster_size, base.has_backing, base.allocation_depth) == (None, False, 3)
+
+
+def test_an_explanation_names_the_entry_that_decided(three_layers: str) -> None:
+    with open_chain(three_layers) as chain:
+        own, zero, short, past = (chain.explain(offset) for offset in (5, 3 * 512, 1024, SIZE - 1))
+    assert (own.offset, own.layer, own.path, own.allocation_depth) == (5, 0, "top.qcow2", 1)
+    assert own.text == (
+        "layer 0, top.qcow2: L1 entry at byte 0x200 is 0x8000000000000400: L2 table at 0x400; "
+        "L2 entry at byte 0x400 is 0x8000000000010000: standard cluster at host offset 0x10000"
+    )
+    assert (zero.layer, zero.path) == (1, "mid.qcow2")
+    assert zero.text.splitlines()[0].endswith("L2 entry at byte 0x418 is 0x0000000000000000: not allocated")
+    assert zero.text.splitlines()[1].endswith("L2 entry at byte 0x418 is 0x0000000000000001: zero cluster")
+    assert (short.layer, short.path, len(short.steps)) == (2, "base.raw", 3)
+    assert "past the end of this layer, which has 0x400 bytes" in short.steps[2].text
+    assert (past.layer, past.allocation_depth) == (1, 2)
+    assert "L1 entry at byte 0x208 is 0x0000000000000000: no L2 table" in past.steps[0].text
+
+
+def test_an_explanation_of_what_nobody_holds_and_of_raw(folder: Path) -> None:
+    write("a.qcow2", qcow2_bytes({1: 0}))
+    with open_chain("a.qcow2") as chain:
+        explanation = chain.explain(512)
+        assert (explanation.layer, explanation.path, explanation.allocation_depth) == (None, None, 0)
+        assert explanation.text.endswith("not allocated; there is no layer below")
+        with pytest.raises(UsageError, match="no byte 65536 in a disk of 65536"):
+            chain.explain(SIZE)
+        with pytest.raises(UsageError):
+            chain.explain(-1)
+    with open_chain(write("b.raw", bytes(512))) as chain:
+        assert chain.explain(0).text == "layer 0, b.raw: raw, every byte of it is allocated"
+
+
+def test_an_explanation_reads_the_file_anew(three_layers: str) -> None:
+    with open_chain(three_layers) as chain:
+        assert chain.explain(0).layer == 0
+        image = bytearray(Path(three_layers).read_bytes())
+        put(image, 0x400, bytes(8))
+        Path(three_layers).write_bytes(image)
+        assert chain.explain(0).layer == 2
+        put(image, 0x400, (COPIED | END).to_bytes(8, "big"))
+        Path(three_layers).write_bytes(image)
+        with pytest.raises(ImageTruncatedError, match="guest offset 0x0 should lie at host offset 0x20000"):
+            chain.explain(0)
+
+
+def test_a_given_format_wins(folder: Path) -> None:
+    write("a.img", qcow2_bytes({}))
+    with open_chain("a.img", format="raw") as chain:
+        assert (chain.layers[0].format, chain.layers[0].format_probed, chain.size) == ("raw", False, END)
+    with pytest.raises(ImageUnsupportedError, match=r"a\.img: the format vmdk is not read here"):
+        open_chain("a.img", format="vmdk")
+    write("b.img", b"x" * 512)
+    with pytest.raises(ImageUnsupportedError, match=r"b\.img: the image is said to be qcow2"):
+        open_chain("b.img", format="qcow2")
+
+
+def test_names_follow_symlinks_as_qemu_does(folder: Path) -> None:
+    """A relative name is looked for beside the link, not beside the file it leads to."""
+    for name in ("here", "there"):
+        Path(name).mkdir()
+        write(f"{name}/base.raw", bytes(512 if name == "here" else 1024))
+    write("there/top.qcow2", qcow2_bytes({}, backing="base.raw", backing_format="raw"))
+    Path("here/top.qcow2").symlink_to("../there/top.qcow2")
+    with open_chain("here/top.qcow2") as chain:
+        assert (chain.layers[1].path, chain.layers[1].size) == ("here/base.raw", 512)
+
+
+def test_names_relative_to_qemus_working_directory(folder: Path) -> None:
+    Path("vm").mkdir()
+    write("vm/base.raw", bytes(512))
+    write("top.qcow2", qcow2_bytes({}, backing="file:base.raw", backing_format="raw"))
+    with open_chain("top.qcow2", working_directory="vm") as chain:
+        assert chain.layers[1].path == "vm/base.raw"
+    with pytest.raises(ImageMissingError, match=r"base\.raw \(backing file of top\.qcow2\)"):
+        open_chain("top.qcow2")
+
+
+def test_json_names(folder: Path) -> None:
+    write("base.raw", bytes(4096))
+    write("mid.qcow2", qcow2_bytes({}, backing="base.raw"))
+    cut = '{"driver":"qcow2","file.filename":"mid.qcow2","backing":null}'
+    with open_chain(write("top.qcow2", qcow2_bytes({}, backing="json:" + cut))) as chain:
+        assert [layer.has_backing for layer in chain.layers] == [True, False]
+        assert chain.allocation_depth() == runs((128, 0))
+    window = '{"driver":"raw","offset":1024,"size":512,"file.filename":"base.raw"}'
+    with open_chain(write("top.qcow2", qcow2_bytes({}, backing="json:" + window))) as chain:
+        assert (chain.layers[1].offset, chain.layers[1].size) == (1024, 512)
+
+
+def test_layers_told_by_somebody_else(three_layers: str) -> None:
+    """Numbers may have gaps where filters sit; names in the headers, here of files that are gone, do not matter."""
+    Path("mid.qcow2").rename("moved.qcow2")
+    specs = [
+        LayerSpec("top.qcow2", "qcow2", 1, "drive0"),
+        LayerSpec("moved.qcow2", "qcow2", 4),
+        LayerSpec("base.raw", "raw", 5, offset=512, size=512),
+    ]
+    with open_layers(specs) as chain:
+        assert [layer.allocation_depth for layer in chain.layers] == [1, 4, 5]
+        assert [layer.node_name for layer in chain.layers] == ["drive0", "", ""]
+        assert (chain.layers[2].size, chain.layers[2].offset) == (512, 512)
+        assert chain.allocation_depth() == runs((1, 1), (2, 5), (1, 4), (66, 5), (1, 4), (29, 5), (28, 4))
+    with open_layers(specs[:2]) as chain:
+        assert [layer.has_backing for layer in chain.layers] == [True, False]
+        assert chain.allocation_depth().values.max() == 4
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        ([], "at least one layer"),
+        ([LayerSpec("a", "qcow2", 0)], "start at 1"),
+        ([LayerSpec("a", "qcow2", 2), LayerSpec("b", "qcow2", 2)], "must rise"),
+        ([LayerSpec("a", "raw", 1), LayerSpec("b", "qcow2", 2)], "ends the chain"),
+        ([LayerSpec("a", "qcow2", 1, offset=512)], "window"),
+        ([LayerSpec("a", "qcow2", 1, size=512)], "window"),
+    ],
+)
+def test_layers_that_make_no_chain(specs: list[LayerSpec], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        open_layers(specs)
+
+
+def test_a_missing_file_is_named_with_its_overlay(folder: Path) -> None:
+    with pytest.raises(ImageMissingError, match=r"^top\.qcow2: no such file\. "):
+        open_chain("top.qcow2")
+    write("top.qcow2", qcow2_bytes({}, backing="gone/base.raw"))
+    with pytest.raises(ImageMissingError, match=r"^gone/base\.raw \(backing file of top\.qcow2\): no such file\. "):
+        open_chain("top.qcow2")
+    with pytest.raises(ImageMissingError):
+        open_chain("top.qcow2/below-a-file")
+    with pytest.raises(ImageUnreadableError, match="no file can have this name"):
+        open_chain("a\0b")
+
+
+def test_a_backing_file_that_is_not_local(folder: Path) -> None:
+    write("top.qcow2", qcow2_bytes({}, backing="nbd://host/x"))
+    with pytest.raises(BackingNotLocalError, match=r"^top\.qcow2: its backing file nbd://host/x"):
+        open_chain("top.qcow2")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "socket", "character device", "symlink loop"])
+def test_what_is_no_file_is_refused_at_once(folder: Path, kind: str) -> None:
+    name, server = "base", socket.socket(socket.AF_UNIX)
+    with server:
+        match kind:
+            case "fifo":
+                os.mkfifo(name)
+            case "directory":
+                Path(name).mkdir()
+            case "socket":
+                server.bind(name)
+            case "character device":
+                Path(name).symlink_to("/dev/zero")
+            case _:
+                Path(name).symlink_to(name)
+        write("top.qcow2", qcow2_bytes({}, backing=name))
+        with pytest.raises(ImageUnreadableError, match=r"^base \(backing file of top\.qcow2\): "):
+            open_chain("top.qcow2")
+
+
+def test_a_file_that_becomes_a_fifo_while_it_is_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("plain", b"")
+    os.mkfifo("base")
+    plain, real = os.stat("plain"), os.stat
+    monkeypatch.setattr(hostfile.os, "stat", lambda path: plain if path == "base" else real(path))
+    worker = threading.Thread(target=lambda: pytest.raises(ImageUnreadableError, open_chain, "base"), daemon=True)
+    worker.start()
+    worker.join(5)
+    assert not worker.is_alive(), "it waits for a writer"
+
+
+def test_a_chain_that_loops(folder: Path) -> None:
+    write("self.qcow2", qcow2_bytes({}, backing="self.qcow2"))
+    with pytest.raises(ChainError, match=r"^self\.qcow2 \(backing file of self\.qcow2\): the chain loops"):
+        open_chain("self.qcow2")
+    write("a.qcow2", qcow2_bytes({}, backing="link.qcow2"))
+    write("b.qcow2", qcow2_bytes({}, backing="./a.qcow2"))
+    Path("link.qcow2").symlink_to("b.qcow2")
+    with pytest.raises(ChainError, match=r"^\./a\.qcow2 \(backing file of link\.qcow2\): .* same file as a\.qcow2"):
+        open_chain("a.qcow2")
+    os.link("a.qcow2", "hard.qcow2")
+    with pytest.raises(ChainError, match="loops"):
+        open_layers([LayerSpec("a.qcow2", "qcow2", 1), LayerSpec("hard.qcow2", "qcow2", 2)])
+
+
+def test_a_chain_that_is_too_deep(folder: Path) -> None:
+    for number in range(MAX_LAYERS + 1):
+        write(f"{number}.qcow2", qcow2_bytes({}, size=512, length=4096, backing=f"{number + 1}.qcow2"))
+    write(f"{MAX_LAYERS}.qcow2", qcow2_bytes({}, size=512, length=4096))
+    with open_chain("1.qcow2") as chain:
+        assert len(chain.layers) == MAX_LAYERS
+    with pytest.raises(ChainError, match=f"more than {MAX_LAYERS} layers"):
+        open_chain("0.qcow2")
+
+
+def test_what_the_system_refuses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    write("a.qcow2", qcow2_bytes({0: COPIED | DATA}))
+    with monkeypatch.context() as patch:
+        patch.setattr(hostfile.os, "open", refuse)
+        with pytest.raises(ImageUnreadableError, match="cannot be opened: Permission denied. Run as a user who may"):
+            open_chain("a.qcow2")
+    with open_chain("a.qcow2") as chain, monkeypatch.context() as patch:
+        patch.setattr(hostfile.os, "preadv", fail)
+        with pytest.raises(ImageUnreadableError, match="cannot be read at byte 0x200: Input/output error"):
+            chain.allocated(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(hostfile.os, "fstat", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            open_chain("a.qcow2")
+
+
+def test_short_reads_are_continued(three_layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, real = depths(three_layers), os.preadv
+    monkeypatch.setattr(hostfile.os, "preadv", lambda fd, views, at: real(fd, [views[0][:100]], at))
+    assert depths(three_layers) == whole
+
+
+def test_a_stopped_deadline_ends_the_work(three_layers: str) -> None:
+    deadline = Deadline(None)
+    with open_chain(three_layers, deadline=deadline) as chain:
+        deadline.stop()
+        with pytest.raises(DeadlineError):
+            chain.allocation_depth()
+    with pytest.raises(DeadlineError):
+        open_chain(three_layers, deadline=deadline)
+
+
+def test_a_bad_entry_is_named_with_its_place(folder: Path) -> None:
+    bits = {"cluster_bits": 10, "size": SIZE}
+    write("a.qcow2", qcow2_bytes({5: COPIED | DATA | 0x200}, **bits))
+    with pytest.raises(ImageCorruptError, match=r"^a\.qcow2: L2 entry at byte 0x828: .*found 0x8000000000010200"):
+        depths("a.qcow2")
+    write("b.qcow2", qcow2_bytes({5: ZERO}, version=2))
+    with pytest.raises(ImageCorruptError, match=r"^b\.qcow2: L2 entry at byte 0x428: a zero flag"):
+        depths("b.qcow2")
+    image = bytearray(qcow2_bytes({}, **bits))
+    put(image, 0x400, (COPIED | 0xA00).to_bytes(8, "big"))
+    with pytest.raises(ImageCorruptError, match="L1 entry at byte 0x400: L2 table 0"):
+        depths(write("c.qcow2", bytes(image)))
+    with open_chain("c.qcow2") as chain, pytest.raises(ImageCorruptError):
+        chain.explain(0)
+    with open_chain("b.qcow2") as chain, pytest.raises(ImageCorruptError, match="0x428"):
+        chain.explain(5 * 512)
+
+
+def test_what_lies_behind_the_disks_end_does_not_count(folder: Path) -> None:
+    bad = COPIED | 0xFFFFFFFFFFE00
+    entries = {0: COPIED | DATA, 10: bad, 64: bad}
+    image = qcow2_bytes(entries, size=SIZE)
+    with pytest.raises(ImageTruncatedError, match="guest offset 0x1400 "):
+        depths(write("a.qcow2", image))
+    small = bytearray(image)
+    put(small, 24, (10 * 512 - 100).to_bytes(8, "big"))
+    assert depths(write("b.qcow2", bytes(small))) == runs((1, 1), (8, 0)), "size rounded down, entry 9 not needed"
+    # Behind a smaller overlay it is not looked at either, though it would count in the layer itself.
+    write("top.qcow2", qcow2_bytes({}, size=10 * 512, backing="a.qcow2"))
+    assert depths("top.qcow2") == runs((1, 2), (9, 0))
+
+
+def test_tables_that_are_shared_or_out_of_order(folder: Path) -> None:
+    image = bytearray(qcow2_bytes({0: ZERO, 64: 0, 130: 0, 200: ZERO}, size=5 * 64 * 512))
+    first, second = image[0x200:0x208], image[0x208:0x210]
+    put(image, 0x200, second + first + first + bytes(8) + first)
+    wanted = runs((64, 0), (1, 1), (63, 0), (1, 1), (63, 0), (64, 0), (1, 1), (63, 0))
+    assert depths(write("a.qcow2", bytes(image))) == wanted
+
+
+def test_images_of_no_size(folder: Path) -> None:
+    assert depths(write("a.qcow2", qcow2_bytes({}, size=0))) == ExtentMap([], [])
+    assert depths(write("b.raw", b"")) == ExtentMap([], [])
+    write("top.qcow2", qcow2_bytes({}, backing="b.raw"))
+    assert depths("top.qcow2") == runs((128, 2))
+
+
+def test_a_growing_file_is_asked_for_its_size_after_its_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("a.qcow2", qcow2_bytes({0: COPIED | END}))
+    real = os.preadv
+
+    def grow(fd: int, views: list[memoryview], at: int) -> int:
+        if at == 0x400:
+            os.truncate("a.qcow2", END + 1)
+        return real(fd, views, at)
+
+    with open_chain("a.qcow2") as chain:
+        monkeypatch.setattr(hostfile.os, "preadv", grow)
+        assert chain.allocated(0).at(0) == 1
+
+
+def test_a_file_cut_anywhere(folder: Path) -> None:
+    """The right map, or a documented error; data cut off wholly is an error too."""
+    whole = qcow2_bytes({0: COPIED | DATA, 63: ZERO, 64: COPIED | (END - 1024)}, backing="base.raw")
+    write("base.raw", bytes(SIZE))
+    right = depths(write("a.qcow2", whole))
+    for length in (*range(0x900), *range(0x900, END, 997), *range(END - 1100, END)):
+        write("a.qcow2", whole[:length])
+        try:
+            with open_chain("a.qcow2", format="qcow2") as chain:
+                assert chain.allocation_depth() == right, length
+            assert length > END - 1024, length
+        except ImageTruncatedError:
+            assert length <= END - 1024, length
+
+
+def test_a_file_with_random_damage_raises_documented_errors_only(folder: Path) -> None:
+    dice = random.Random(3)
+    write("base.raw", bytes(SIZE))
+    whole = qcow2_bytes({0: COPIED | DATA, 63: ZERO, 64: COPIED | DATA}, backing="base.raw", backing_format="raw")
+    for _ in range(1500):
+        image = bytearray(whole)
+        for _ in range(dice.randrange(1, 4)):
+            image[dice.choice([dice.randrange(0x150), dice.randrange(0x200, 0x900)])] = dice.randrange(256)
+        write("a.qcow2", bytes(image))
+        try:
+            with open_chain("a.qcow2") as chain:
+                assert chain.allocation_depth().size == chain.size
+                if chain.size:
+                    chain.explain(chain.size - 1)
+        except ImageError:
+            continue

@@ -1,0 +1,265 @@
+"""Exports and the NBD server on real QEMUs: up, down, shared, cancelled, and what a killed run left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.errors import CommandFailedError, ServerBusyError, UnsafeOperationError, UsageError
+from qmpnbd.qmp.exports import add_export, remove_export, remove_leftovers, start_server, stop_server
+from qmpnbd.qmp.inventory import (
+    guest_status,
+    read_exports,
+    read_graph,
+    read_inventory,
+    require_exportable,
+    require_no_iothread_bug,
+)
+from qmpnbd.qmp.monitor import Monitor
+from qmpnbd.qmp.naming import export_id, new_run, run_of
+from qmpnbd.qmp.rundir import RunDirectory, dead_runs
+from tests.servers import Server, blockdev, qemu, storage_daemon
+
+SOON = Deadline(60)
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture
+def server(three_layers: Path) -> Iterator[Server]:
+    with storage_daemon("--blockdev", blockdev(three_layers / "top.qcow2", "top", read_only=True)) as running:
+        yield running
+
+
+def run(server: Server, work: Callable[[Monitor], Awaitable[object]]) -> None:
+    async def session() -> None:
+        async with await Monitor.connect(str(server.qmp), SOON) as monitor:
+            await work(monitor)
+
+    asyncio.run(session())
+
+
+@asynccontextmanager
+async def served(monitor: Monitor, directory: RunDirectory) -> AsyncIterator[str]:
+    try:
+        await start_server(monitor, directory, SOON)
+        yield await add_export(monitor, "top", directory, 0, SOON)
+    finally:
+        await remove_export(monitor, export_id(directory.run, 0))
+        await stop_server(monitor, directory)
+
+
+def test_up_and_down_leaves_nothing(server: Server, folder: Path) -> None:
+    before = server.nodes()
+
+    async def work(monitor: Monitor) -> None:
+        with RunDirectory.create(str(folder)) as directory:
+            assert (directory.path.stat().st_mode & 0o777, directory.path.parent) == (0o700, folder)
+            async with served(monitor, directory) as name:
+                assert server.exports() == [name]
+                assert run_of(name) == directory.run
+                assert [each.node_name for each in await read_exports(monitor, SOON)] == ["top"]
+                assert directory.socket_path.is_socket()
+
+    run(server, work)
+    assert (server.exports(), server.nodes(), server.nbd_server_runs()) == ([], before, False)
+    assert list(folder.iterdir()) == []
+
+
+def test_taking_down_what_is_not_there_is_no_error(server: Server, folder: Path) -> None:
+    async def work(monitor: Monitor) -> None:
+        with RunDirectory.create(str(folder)) as directory:
+            await remove_export(monitor, export_id(directory.run, 0))
+            assert await stop_server(monitor, directory)
+
+    run(server, work)
+
+
+def test_a_server_of_someone_else_is_neither_used_nor_stopped(server: Server, folder: Path) -> None:
+    server.side("nbd-server-start", addr={"type": "unix", "data": {"path": str(folder / "theirs")}})
+    server.side("block-export-add", type="nbd", id="theirs", node_name="top")
+
+    async def work(monitor: Monitor) -> None:
+        with RunDirectory.create(str(folder)) as directory:
+            with pytest.raises(ServerBusyError, match=r"exports: theirs.*--nbd URI"):
+                await start_server(monitor, directory, SOON)
+            assert await stop_server(monitor, directory)
+
+    run(server, work)
+    assert (server.exports(), server.nbd_server_runs()) == (["theirs"], True)
+
+
+def test_our_server_stays_while_others_have_exports_in_it(server: Server, folder: Path) -> None:
+    async def work(monitor: Monitor) -> None:
+        with RunDirectory.create(str(folder)) as directory:
+            await start_server(monitor, directory, SOON)
+            server.side("block-export-add", type="nbd", id="theirs", node_name="top")
+            assert not await stop_server(monitor, directory)
+        assert directory.socket_path.is_socket()
+
+    run(server, work)
+    assert (server.exports(), server.nbd_server_runs()) == (["theirs"], True)
+
+
+def test_a_socket_that_qemu_cannot_make(server: Server, folder: Path) -> None:
+    async def work(monitor: Monitor) -> None:
+        with RunDirectory.create(str(folder)) as directory:
+            hidden = RunDirectory(directory.run, folder / "nowhere", os.open("/dev/null", os.O_RDONLY))
+            with pytest.raises(CommandFailedError, match="--runtime-dir"):
+                await start_server(monitor, hidden, SOON)
+            hidden.remove()
+
+    run(server, work)
+
+
+def test_cancelled_while_qemu_works_everything_is_known_and_taken_down(server: Server, folder: Path) -> None:
+    async def work(monitor: Monitor) -> None:
+        with RunDirectory.create(str(folder)) as directory:
+            # Where each cancellation falls is chance; what must hold afterwards is not.
+            for step in range(20):
+
+                async def job() -> None:
+                    async with served(monitor, directory):
+                        await asyncio.Event().wait()
+
+                task = asyncio.ensure_future(job())
+                await asyncio.sleep(step * 0.0004)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert (server.exports(), server.nbd_server_runs()) == ([], False)
+
+    run(server, work)
+
+
+KILLED = """
+import asyncio, os, sys
+from qmpnbd.deadline import Deadline
+from qmpnbd.qmp.exports import add_export, start_server
+from qmpnbd.qmp.monitor import Monitor
+from qmpnbd.qmp.rundir import RunDirectory
+
+async def main(address, base, exported):
+    monitor = await Monitor.connect(address, Deadline(20))
+    directory = RunDirectory.create(base)
+    await start_server(monitor, directory, Deadline(20))
+    if exported == "exported":
+        await add_export(monitor, "top", directory, 0, Deadline(20))
+    os.kill(os.getpid(), 9)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("step", ["exported", "started"])
+def test_what_a_killed_run_left_is_found_and_removed(server: Server, folder: Path, step: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(server.qmp), str(folder), step], check=False, timeout=60)
+    assert done.returncode == -9
+    assert (len(server.exports()), server.nbd_server_runs()) == (int(step == "exported"), True)
+
+    async def work(monitor: Monitor) -> None:
+        removed = await remove_leftovers(monitor, str(folder), SOON)
+        assert len(removed) == (2 if step == "exported" else 1)
+        assert await remove_leftovers(monitor, str(folder), SOON) == []
+
+    run(server, work)
+    assert (server.exports(), server.nbd_server_runs(), list(folder.iterdir())) == ([], False, [])
+
+
+def test_a_run_that_lives_and_another_qemu_are_left_alone(server: Server, folder: Path, three_layers: Path) -> None:
+    top = blockdev(three_layers / "top.qcow2", "top", read_only=True)
+    with storage_daemon("--blockdev", top) as other, RunDirectory.create(str(folder)) as directory:
+
+        async def work(monitor: Monitor) -> None:
+            async with served(monitor, directory) as name:
+                assert await remove_leftovers(monitor, str(folder), SOON) == []
+                assert server.exports() == [name]
+
+        run(server, work)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(other.qmp), str(folder), "exported"], check=False, timeout=60
+        )
+        assert done.returncode == -9
+
+        async def elsewhere(monitor: Monitor) -> None:
+            assert await remove_leftovers(monitor, str(folder), SOON) == []
+
+        run(server, elsewhere)
+        assert len(other.exports()) == 1
+
+
+def test_only_private_directories_of_our_own_are_looked_at(folder: Path) -> None:
+    for name, mode in (("qmpnbd-00000001", 0o755), ("qmpnbd-00000002", 0o700), ("qmpnbd-zzzzzzzz", 0o700)):
+        (folder / name).mkdir()
+        (folder / name / "lock").write_bytes(b"")
+        (folder / name).chmod(mode)
+    (folder / "qmpnbd-00000003").symlink_to(folder / "qmpnbd-00000002")
+    (folder / "qmpnbd-00000004").mkdir(mode=0o700)
+    assert [dead.run for dead in dead_runs(str(folder))] == ["00000002"]
+    assert not (folder / "qmpnbd-00000002").exists()
+
+
+def test_a_folder_that_cannot_hold_the_socket_is_refused(folder: Path) -> None:
+    deep = folder / ("d" * 90)
+    deep.mkdir()
+    with pytest.raises(UsageError, match="--runtime-dir"):
+        RunDirectory.create(str(deep))
+    with pytest.raises(UsageError, match="--runtime-dir"):
+        RunDirectory.create(str(folder / "missing"))
+
+
+def test_names() -> None:
+    name = new_run()
+    assert run_of(export_id(name, 3)) == name
+    assert [run_of(text) for text in ("qmpnbd", "qmpnbd-", "qmpnbd-123", "disk0", f"x-qmpnbd-{name}")] == [None] * 5
+
+
+def test_migrating_guests_are_not_touched() -> None:
+    require_exportable("running", "qmp")
+    require_exportable("storage daemon", "qmp")
+    for status in ("inmigrate", "postmigrate", "finish-migrate", "something-new"):
+        with pytest.raises(UnsafeOperationError, match=status):
+            require_exportable(status, "qmp")
+
+
+def test_disks_in_an_iothread_are_refused_where_qemu_is_known_to_abort(three_layers: Path) -> None:
+    nodes = [
+        part for n in "abcd" for part in ("-blockdev", blockdev(three_layers / "base.raw", n, "raw", read_only=True))
+    ]
+    devices = ["-object", "iothread,id=io", "-device", "virtio-scsi-pci,id=s0,iothread=io"]
+    devices += ["-device", "virtio-scsi-pci,id=s1", "-device", "virtio-blk-pci,id=a,drive=a,iothread=io"]
+    devices += ["-device", "virtio-blk-pci,drive=b,id=b", "-device", "scsi-hd,id=c,bus=s0.0,drive=c"]
+    devices += ["-device", "scsi-hd,id=d,bus=s1.0,drive=d"]
+    with qemu(*nodes, *devices) as server:
+
+        async def work(monitor: Monitor) -> None:
+            assert await guest_status(monitor, SOON) == "prelaunch"
+            disks = {disk.name: disk for disk in (await read_inventory(monitor, SOON)).disks}
+            assert set(disks) == set("abcd")
+            refused = set()
+            for name, disk in disks.items():
+                try:
+                    await require_no_iothread_bug(monitor, disk, SOON)
+                except UnsafeOperationError:
+                    refused.add(name)
+            assert refused == ({"a", "c"} if monitor.version.qemu.major in (7, 8) else set())
+
+        run(server, work)
+
+
+def test_the_graph_of_a_running_qemu(server: Server) -> None:
+    async def work(monitor: Monitor) -> None:
+        graph = await read_graph(monitor, SOON)
+        assert sorted(graph.nodes) == server.nodes()
+        assert graph.roots == ("top",)
+        assert graph == await read_graph(monitor, SOON)
+
+    run(server, work)

@@ -1,0 +1,282 @@
+"""The monitor against servers that are none, that are taken, stopped, dying or lying."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.errors import (
+    CommandFailedError,
+    DeadlineError,
+    MonitorConnectError,
+    MonitorLostError,
+    MonitorSilentError,
+    NotAMonitorError,
+    QmpnbdError,
+)
+from qmpnbd.qmp import monitor as monitor_module
+from qmpnbd.qmp.inventory import guest_status
+from qmpnbd.qmp.monitor import Monitor, finish
+from tests.servers import qemu, storage_daemon
+
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 9}, "package": ""}, "capabilities": []}}\r\n'
+)
+
+
+@contextlib.contextmanager
+def scripted(folder: Path, *replies: bytes | None) -> Iterator[Path]:
+    """A monitor that says the first reply at once and one more for every line it hears; None hangs up.
+
+    ``@id`` in a reply becomes the id of the command it answers.
+    """
+    path = folder / "fake"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            peer, _ = listener.accept()
+            with peer:
+                heard = b'{"id": ""}'
+                for number, reply in enumerate(replies):
+                    # A command comes in one piece, and qemu.qmp ends it with no newline.
+                    if number and not (heard := peer.recv(65536)):
+                        return
+                    if reply is None:
+                        return
+                    peer.sendall(reply.replace(b"@id", json.loads(heard).get("id", "").encode()))
+                while peer.recv(65536):
+                    pass
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield path
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def connect(path: Path | str, seconds: float = 20, use: Callable[[Monitor], Awaitable[object]] | None = None) -> object:
+    async def session() -> object:
+        async with await Monitor.connect(str(path), Deadline(seconds)) as monitor:
+            return await use(monitor) if use else str(monitor.version)
+
+    return asyncio.run(session())
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "GREETING_SECONDS", 0.3)
+    monkeypatch.setattr(monitor_module, "CLOSE_SECONDS", 0.3)
+
+
+def test_no_such_socket(folder: Path) -> None:
+    with pytest.raises(MonitorConnectError, match="no such socket"):
+        connect(folder / "nothing")
+
+
+def test_nobody_listens(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(folder / "stale"))
+    with pytest.raises(MonitorConnectError, match="nobody listens"):
+        connect(folder / "stale")
+
+
+def test_tcp_nobody_listens() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(MonitorConnectError, match="nobody listens"):
+            connect(f"127.0.0.1:{taken.getsockname()[1]}")
+
+
+def test_a_file_is_no_socket(folder: Path) -> None:
+    (folder / "file").write_bytes(b"")
+    with pytest.raises(MonitorConnectError):
+        connect(folder / "file")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"NBDMAGICIHAVEOPT\0\3", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0", b'{"no": "greeting"}\r\n', b"{]\r\n", None],
+)
+def test_what_is_no_monitor(folder: Path, said: bytes | None) -> None:
+    with scripted(folder, said) as path, pytest.raises(NotAMonitorError):
+        connect(path)
+
+
+def test_a_reply_of_another_shape(folder: Path) -> None:
+    version = b'{"return": {"qemu": {"major": "x"}}, "id": "@id"}\r\n'
+    with (
+        scripted(folder, GREETING, b'{"return": {}}\r\n', version) as path,
+        pytest.raises(NotAMonitorError, match=r"query-version: qemu\.major"),
+    ):
+        connect(path)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_silence_says_that_another_client_may_hold_it(folder: Path) -> None:
+    with scripted(folder, b"") as path, pytest.raises(MonitorSilentError, match="Another client holds"):
+        connect(path)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_queue_full_of_waiting_clients(folder: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(folder / "full"))
+        listener.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.setblocking(False)
+                waiting.connect(str(folder / "full"))
+        with pytest.raises(MonitorSilentError):
+            connect(folder / "full")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_half_a_greeting_then_silence(folder: Path) -> None:
+    with scripted(folder, GREETING[:20]) as path, pytest.raises(MonitorSilentError):
+        connect(path)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_negotiation_that_is_never_answered(folder: Path) -> None:
+    with scripted(folder, GREETING) as path, pytest.raises(MonitorSilentError):
+        connect(path)
+
+
+def test_hanging_up_during_a_command(folder: Path) -> None:
+    with (
+        scripted(folder, GREETING, b'{"return": {}}\r\n', None) as path,
+        pytest.raises(MonitorLostError, match="query-version"),
+    ):
+        connect(path)
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("impatient")
+def test_a_real_monitor_taken_by_another_client() -> None:
+    with storage_daemon() as server:
+
+        async def twice() -> None:
+            async with await Monitor.connect(str(server.qmp), Deadline(20)):
+                with pytest.raises(MonitorSilentError):
+                    await Monitor.connect(str(server.qmp), Deadline(20))
+
+        asyncio.run(twice())
+        assert str(connect(server.qmp)).count(".") >= 2  # and it can be had again
+
+
+@pytest.mark.real
+def test_a_stopped_qemu_is_not_waited_for_beyond_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "CLOSE_SECONDS", 0.3)
+    with storage_daemon() as server:
+
+        async def stopped(monitor: Monitor) -> None:
+            os.kill(server.pid, signal.SIGSTOP)
+            with pytest.raises(DeadlineError, match=r"timed out after 0\.3 s waiting for QEMU's reply to query-block"):
+                await monitor.execute("query-block", deadline=Deadline(0.3))
+
+        connect(server.qmp, use=stopped)
+        os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.mark.real
+def test_a_killed_qemu_is_a_lost_monitor_at_once() -> None:
+    with storage_daemon() as server:
+
+        async def killed(monitor: Monitor) -> None:
+            with monitor.events("BLOCK_EXPORT_DELETED") as events:
+                os.kill(server.pid, signal.SIGKILL)
+                with pytest.raises(MonitorLostError):
+                    await monitor.next_event(events, "an event", Deadline(20))
+            with pytest.raises(MonitorLostError):
+                await monitor.execute("query-block", deadline=Deadline(20))
+
+        connect(server.qmp, use=killed)
+
+
+@pytest.mark.real
+def test_a_refused_command_carries_qemus_words() -> None:
+    with qemu() as server:
+
+        async def refused(monitor: Monitor) -> CommandFailedError:
+            with pytest.raises(CommandFailedError) as caught:
+                await monitor.execute("block-export-del", {"id": "none"}, deadline=Deadline(20))
+            assert await guest_status(monitor, Deadline(20)) == "prelaunch"
+            return caught.value
+
+        error = connect(server.qmp, use=refused)
+    assert isinstance(error, CommandFailedError)
+    assert (error.command, error.error_class) == ("block-export-del", "GenericError")
+    assert "none" in error.description
+
+
+@pytest.mark.real
+def test_tcp_and_the_peer(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with qemu("-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off", cwd=folder) as server:
+
+        async def peer(monitor: Monitor) -> tuple[int | None, str | None]:
+            return monitor.peer_pid, monitor.working_directory()
+
+        assert connect(f"127.0.0.1:{port}", use=peer) == (None, None)
+        assert connect(server.qmp, use=peer) == (server.pid, str(folder))
+
+
+def test_finish_ends_the_work_before_it_is_cancelled() -> None:
+    async def outer() -> list[str]:
+        gate, told = asyncio.Event(), []
+
+        async def work() -> None:
+            await gate.wait()
+            told.append("done")
+
+        async def caller() -> None:
+            try:
+                await finish(work())
+            finally:
+                told.append("cancelled")
+
+        task = asyncio.ensure_future(caller())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return told
+
+    assert asyncio.run(outer()) == ["done", "cancelled"]
+
+
+def test_finish_gives_the_result_and_the_error() -> None:
+    async def good() -> int:
+        return 7
+
+    async def bad() -> None:
+        raise QmpnbdError("no", where="here")
+
+    assert asyncio.run(finish(good())) == 7
+    with pytest.raises(QmpnbdError, match="here: no"):
+        asyncio.run(finish(bad()))
