@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import socket
+import stat
 import threading
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from qmpnbd.errors import (
     UsageError,
 )
 from qmpnbd.extents import ExtentMap
-from qmpnbd.images import hostfile
 from qmpnbd.images.chain import LayerSpec
 from qmpnbd.images.files import MAX_LAYERS, open_chain, open_layers
 from tests.handmade import COPIED, DATA, END, put, qcow2_bytes
@@ -43,9 +43,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_file_stays_open() -> object:
-    before = len(os.listdir("/proc/self/fd"))
+    open_files = Path("/proc/self/fd")
+    before = len(list(open_files.iterdir()))
     yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(open_files.iterdir())) == before
 
 
 def write(name: str, data: bytes) -> str:
@@ -248,12 +249,18 @@ def test_what_is_no_file_is_refused_at_once(folder: Path, kind: str) -> None:
 def test_a_file_that_becomes_a_fifo_while_it_is_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("plain", b"")
     os.mkfifo("base")
-    plain, real = os.stat("plain"), os.stat
-    monkeypatch.setattr(hostfile.os, "stat", lambda path: plain if path == "base" else real(path))
-    worker = threading.Thread(target=lambda: pytest.raises(ImageUnreadableError, open_chain, "base"), daemon=True)
+    plain, real, told = Path("plain").stat(), os.stat, []
+    monkeypatch.setattr(os, "stat", lambda path: plain if path == "base" else real(path))
+
+    def attempt() -> None:
+        with pytest.raises(ImageUnreadableError, match="it is a FIFO") as caught:
+            open_chain("base")
+        told.append(caught.value)
+
+    worker = threading.Thread(target=attempt, daemon=True)
     worker.start()
     worker.join(5)
-    assert not worker.is_alive(), "it waits for a writer"
+    assert told, "it waits for a writer"
 
 
 def test_a_chain_that_loops(folder: Path) -> None:
@@ -289,22 +296,40 @@ def test_what_the_system_refuses(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
     write("a.qcow2", qcow2_bytes({0: COPIED | DATA}))
     with monkeypatch.context() as patch:
-        patch.setattr(hostfile.os, "open", refuse)
-        with pytest.raises(ImageUnreadableError, match="cannot be opened: Permission denied. Run as a user who may"):
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(ImageUnreadableError, match=r"cannot be opened: Permission denied\. Run as a user who may"):
             open_chain("a.qcow2")
     with open_chain("a.qcow2") as chain, monkeypatch.context() as patch:
-        patch.setattr(hostfile.os, "preadv", fail)
+        patch.setattr(os, "preadv", fail)
         with pytest.raises(ImageUnreadableError, match="cannot be read at byte 0x200: Input/output error"):
             chain.allocated(0)
     with monkeypatch.context() as patch:
-        patch.setattr(hostfile.os, "fstat", fail)
-        with pytest.raises(OSError, match="Input/output"):
+        patch.setattr(os, "fstat", fail)
+        with pytest.raises(ImageUnreadableError, match="cannot be opened: Input/output"):
             open_chain("a.qcow2")
+
+
+def test_a_block_device_is_as_large_as_it_can_be_sought(three_layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's status tells no size. Files with a device's mode stand in for devices, which tests cannot make."""
+    real, real_of = os.stat, os.fstat
+
+    def device(status: os.stat_result) -> os.stat_result:
+        mode = stat.S_IFBLK | 0o600
+        return os.stat_result((mode, *status[1:6], 0, *status[7:10]), {"st_rdev": status.st_ino})
+
+    whole = depths(three_layers)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path: device(real(path)))
+        patch.setattr(os, "fstat", lambda fd: device(real_of(fd)))
+        assert depths(three_layers) == whole
+        write("self.qcow2", qcow2_bytes({}, backing="self.qcow2"))
+        with pytest.raises(ChainError, match="loops"):
+            open_chain("self.qcow2")
 
 
 def test_short_reads_are_continued(three_layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, real = depths(three_layers), os.preadv
-    monkeypatch.setattr(hostfile.os, "preadv", lambda fd, views, at: real(fd, [views[0][:100]], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][:100]], at))
     assert depths(three_layers) == whole
 
 
@@ -319,14 +344,13 @@ def test_a_stopped_deadline_ends_the_work(three_layers: str) -> None:
 
 
 def test_a_bad_entry_is_named_with_its_place(folder: Path) -> None:
-    bits = {"cluster_bits": 10, "size": SIZE}
-    write("a.qcow2", qcow2_bytes({5: COPIED | DATA | 0x200}, **bits))
+    write("a.qcow2", qcow2_bytes({5: COPIED | DATA | 0x200}, cluster_bits=10))
     with pytest.raises(ImageCorruptError, match=r"^a\.qcow2: L2 entry at byte 0x828: .*found 0x8000000000010200"):
         depths("a.qcow2")
     write("b.qcow2", qcow2_bytes({5: ZERO}, version=2))
     with pytest.raises(ImageCorruptError, match=r"^b\.qcow2: L2 entry at byte 0x428: a zero flag"):
         depths("b.qcow2")
-    image = bytearray(qcow2_bytes({}, **bits))
+    image = bytearray(qcow2_bytes({}, cluster_bits=10))
     put(image, 0x400, (COPIED | 0xA00).to_bytes(8, "big"))
     with pytest.raises(ImageCorruptError, match="L1 entry at byte 0x400: L2 table 0"):
         depths(write("c.qcow2", bytes(image)))
@@ -352,7 +376,7 @@ def test_what_lies_behind_the_disks_end_does_not_count(folder: Path) -> None:
 
 def test_tables_that_are_shared_or_out_of_order(folder: Path) -> None:
     image = bytearray(qcow2_bytes({0: ZERO, 64: 0, 130: 0, 200: ZERO}, size=5 * 64 * 512))
-    first, second = image[0x200:0x208], image[0x208:0x210]
+    first, second = bytes(image[0x200:0x208]), bytes(image[0x208:0x210])
     put(image, 0x200, second + first + first + bytes(8) + first)
     wanted = runs((64, 0), (1, 1), (63, 0), (1, 1), (63, 0), (64, 0), (1, 1), (63, 0))
     assert depths(write("a.qcow2", bytes(image))) == wanted
@@ -375,7 +399,7 @@ def test_a_growing_file_is_asked_for_its_size_after_its_tables(folder: Path, mon
         return real(fd, views, at)
 
     with open_chain("a.qcow2") as chain:
-        monkeypatch.setattr(hostfile.os, "preadv", grow)
+        monkeypatch.setattr(os, "preadv", grow)
         assert chain.allocated(0).at(0) == 1
 
 

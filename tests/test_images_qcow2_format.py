@@ -67,7 +67,7 @@ def test_a_header_cut_anywhere_is_truncated(header: Qcow2Header) -> None:
         ({"cluster_bits": 8}, 20),
         ({"cluster_bits": 22}, 20),
         ({"cluster_bits": 0xFFFFFFFF}, 20),
-        ({"header_length": 103}, 100),
+        ({"header_length": 103, "incompatible": 0}, 100),
         ({"header_length": 65537}, 100),
         ({"backing_offset": 65537}, 8),
         ({"backing_offset": 111}, 8),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qmpnbd.errors import ImageError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.chain import LayerSpec
 from qmpnbd.images.files import Chain, open_chain, open_layers
@@ -102,3 +103,68 @@ def test_the_matrix_is_covered() -> None:
     pairs = [pair for chain in chains for pair in zip(chain.layers, chain.layers[1:], strict=False)]
     assert any(below.size < above.size for below, above in pairs)
     assert any(below.size > above.size for below, above in pairs)
+
+
+def image(path: str, mark: int, backing: str = "", recorded: str = "qcow2") -> None:
+    """An image of 1 MiB with data in one cluster, a different one for each image, so that its map tells it apart."""
+    behind = ("-u", "-b", backing, "-F", recorded) if backing else ()
+    run("qemu-img", "create", "-q", "-f", "qcow2", *behind, path, "1M")
+    if not backing:
+        run("qemu-io", "-f", "qcow2", "-c", f"write -q {mark * 65536} 64k", path)
+
+
+NAMES = [
+    ("base.qcow2", "qcow2"),
+    ("../images/./base.qcow2", "qcow2"),
+    ("file:base.qcow2", "qcow2"),
+    ("link.qcow2", "qcow2"),
+    ("base.qcow2", "raw"),
+    ("sub/a:b.qcow2", "qcow2"),
+    ('json:{"driver":"qcow2","file":{"driver":"file","filename":"base.qcow2"}}', "qcow2"),
+    ('json:{"driver":"qcow2","file":{"driver":"file","filename":"base.qcow2"}}', "raw"),
+    ('json:{"driver":"raw","file.filename":"base.qcow2"}', "qcow2"),
+    ('json:{"file.filename":"base.qcow2","backing":null}', "qcow2"),
+    ('json:{"file.filename":"file:base.qcow2"}', "qcow2"),
+    ('json:{"driver":"raw","offset":65536,"size":"131072","file.filename":"base.qcow2"}', "raw"),
+    ('json:{"driver":"raw","offset":512,"file.filename":"base.qcow2"}', "raw"),
+]
+
+
+@pytest.mark.parametrize(("name", "recorded"), NAMES)
+def test_names_lead_to_the_file_qemu_opens(
+    name: str, recorded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the same name waits in every wrong place, with another map."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("images/sub", "elsewhere"):
+        Path(folder).mkdir(parents=True)
+    places = ("images/base.qcow2", "base.qcow2", "images/file:base.qcow2", "file:base.qcow2", "images/sub/a:b.qcow2")
+    for mark, place in enumerate((*places, "images/deeper.qcow2", "elsewhere/deeper.qcow2"), start=1):
+        image(f"./{place}", mark)
+    image("elsewhere/link.qcow2", 0, "deeper.qcow2")
+    Path("images/link.qcow2").symlink_to("../elsewhere/link.qcow2")
+    top = Path("images/top.qcow2")
+    image(str(top), 0, name, recorded)
+    with open_chain(str(top)) as chain:
+        assert set(agree(top, chain).values.tolist()) - {0, 1}, "the map must show which file was opened"
+
+
+def test_a_real_image_cut_anywhere(tmp_path: Path) -> None:
+    """The right map, or a documented error."""
+    cut, top = tmp_path / "cut.qcow2", tmp_path / "top.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", top, "8M")
+    run("qemu-io", "-f", "qcow2", *("-c", "write -q -z 7M 64k", "-c", "write -q 5M 9k", "-c", "write -q 0 20k"), top)
+    whole = top.read_bytes()
+    with open_chain(str(top)) as chain:
+        right = agree(top, chain)
+    lengths = [*range(0, len(whole), 509), *range(len(whole) - 4200, len(whole))]
+    complete = 0
+    for length in lengths:
+        cut.write_bytes(whole[:length])
+        try:
+            with open_chain(str(cut), format="qcow2") as chain:
+                assert chain.allocation_depth() == right, length
+            complete += 1
+        except ImageError:
+            continue
+    assert 0 < complete < len(lengths)

@@ -116,9 +116,13 @@ def test_a_deadline_told_to_stop_ends_a_wait_in_another_thread(folder: Path) -> 
 
 def test_close_ends_a_call_of_another_thread(folder: Path) -> None:
     script = Script(answer=lambda request, count: [])
-    with serving(folder, script) as uri, Client.connect(uri, contexts=[DEPTH]) as client:
-        with meanwhile(script, client.close), pytest.raises(NbdDisconnectedError):
-            client.maps(Deadline(LONG))
+    with (
+        serving(folder, script) as uri,
+        Client.connect(uri, contexts=[DEPTH]) as client,
+        meanwhile(script, client.close),
+        pytest.raises(NbdDisconnectedError),
+    ):
+        client.maps(Deadline(LONG))
 
 
 def test_a_cancelled_call_closes_and_leaves_no_task(folder: Path) -> None:
@@ -292,6 +296,6 @@ def test_nbdkit_of_old(door: Door, folder: Path, arguments: tuple[str, ...]) -> 
 @both_doors
 @pytest.mark.real
 def test_nbdkit_with_blocks_of_4096(door: Door, folder: Path) -> None:
-    filters = ["--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-error-policy=error"]
-    with nbdkit(folder, *filters, "data", "@4096 1 @8191 2", "size=5G") as uri:
+    policy = ["blocksize-minimum=4096", "blocksize-error-policy=error"]
+    with nbdkit(folder, "--filter=blocksize-policy", "data", "@4096 1 @99999 2", "size=5G", *policy) as uri:
         assert door(uri, "maps", contexts=[BASE]) == [{BASE: nbdinfo(uri, BASE)}]

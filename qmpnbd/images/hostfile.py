@@ -43,20 +43,21 @@ class HostFile:
         """
         self.path = path
         self.where = where
+        self._fd = -1
         try:
             _refuse_kind(os.stat(path), where)  # noqa: PTH116 (a name as QEMU has it is text, not a tidied path)
             self._fd = os.open(path, _FLAGS)
+            status = os.fstat(self._fd)
+            _refuse_kind(status, where)
         except (FileNotFoundError, NotADirectoryError) as error:
             remedy = "Check the name; if it was moved, tell its overlay with 'qemu-img rebase -u'."
             raise ImageMissingError("no such file", where=where, remedy=remedy) from error
         except OSError as error:
+            self.close()
             raise self._unreadable("cannot be opened", error) from error
         except ValueError as error:
             raise ImageUnreadableError(f"no file can have this name ({error})", where=where) from error
-        try:
-            status = os.fstat(self._fd)
-            _refuse_kind(status, where)
-        except BaseException:
+        except ImageUnreadableError:
             self.close()
             raise
         self._is_device = stat.S_ISBLK(status.st_mode)

@@ -151,7 +151,7 @@ class Qcow2Header:
             return common
         features = (self.incompatible, self.compatible, self.autoclear, self.refcount_order, self.header_length)
         packed = common + _VERSION_3.pack(*features) + bytes([self.compression_type])
-        return packed[: self.header_length].ljust(self.header_length, b"\0")
+        return packed[: max(self.header_length, _END_OF_3)].ljust(self.header_length, b"\0")
 
 
 def unpack_header(data: bytes, where: str) -> Qcow2Header:

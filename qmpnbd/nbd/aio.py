@@ -129,8 +129,8 @@ async def _addresses(uri: NbdUri) -> list[Address]:
     loop = asyncio.get_running_loop()
     try:
         answers = await loop.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM)
-    except UnicodeError as error:
-        raise OSError(str(error)) from error
+    except UnicodeError as error:  # the name cannot even be asked for
+        raise socket.gaierror(socket.EAI_NONAME, str(error)) from error
     return [(family, address) for family, _, _, _, address in answers]
 
 

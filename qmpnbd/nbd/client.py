@@ -215,8 +215,10 @@ def _addresses(uri: NbdUri, clock: Deadline, where: str) -> list[Address]:
         try:
             answers = socket.getaddrinfo(uri.host, uri.port, type=socket.SOCK_STREAM)
             found.put([(family, address) for family, _, _, _, address in answers])
-        except (OSError, UnicodeError) as error:
-            found.put(error if isinstance(error, OSError) else OSError(str(error)))
+        except UnicodeError as error:  # the name cannot even be asked for
+            found.put(socket.gaierror(socket.EAI_NONAME, str(error)))
+        except OSError as error:
+            found.put(error)
 
     threading.Thread(target=resolve, daemon=True, name="qmpnbd-resolve").start()
     while True:

@@ -178,7 +178,7 @@ class _Survey:
         self._short += reply.short
         if self._short > self._most_short:
             raise self._nonsense(
-                reply, f"the {self._short}th reply that stops early", f"at most {self._most_short} for this size"
+                reply, f"short reply number {self._short}", f"at most {self._most_short} for this size"
             )
 
     def _expected(self) -> str:

@@ -64,7 +64,7 @@ class Node:
         name: its node-name.
         driver: the block driver.
         filename: the image's name as QEMU tells it; a plain path for protocol nodes only.
-        virtual_size: bytes it offers to its parents.
+        virtual_size: bytes it offers to its parents; not part of equality, since a file grows while it is written.
         read_only: whether it was opened read-only.
         children: role of the edge -> node-name of the child.
     """
@@ -72,7 +72,7 @@ class Node:
     name: str
     driver: str
     filename: str
-    virtual_size: int
+    virtual_size: int = field(compare=False)
     read_only: bool
     children: Mapping[str, str] = field(default_factory=dict)
 

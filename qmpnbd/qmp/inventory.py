@@ -42,16 +42,15 @@ async def read_graph(monitor: Monitor, deadline: Deadline) -> BlockGraph:
         MonitorError: QEMU refused, or the graph never stood still.
         DeadlineError: no reply in time.
     """
+    command = "x-debug-query-block-graph"
     nodes = await _nodes(monitor, deadline)
     for _ in range(_MAX_READS):
-        command = "x-debug-query-block-graph"
-        edges = parse_reply(
-            GraphReply, await monitor.execute(command, deadline=deadline), command=command, where=monitor.where
-        )
-        nodes_after = await _nodes(monitor, deadline)
-        if nodes == nodes_after:
-            return build_graph(nodes, edges)
-        nodes = nodes_after
+        reply = await monitor.execute(command, deadline=deadline)
+        edges = parse_reply(GraphReply, reply, command=command, where=monitor.where)
+        graph = build_graph(nodes, edges)
+        nodes = await _nodes(monitor, deadline)
+        if graph == build_graph(nodes, edges):
+            return graph
     raise MonitorError(
         "the block graph changes all the time", where=monitor.where, remedy="Wait for the running block jobs."
     )
