@@ -26,6 +26,7 @@ from qmpnbd.errors import (
     UsageError,
 )
 from qmpnbd.extents import ExtentMap
+from qmpnbd.images import qcow2_file
 from qmpnbd.images.chain import LayerSpec
 from qmpnbd.images.files import MAX_LAYERS, open_chain, open_layers
 from tests.handmade import COPIED, DATA, END, put, qcow2_bytes
@@ -260,6 +261,8 @@ def test_a_file_that_becomes_a_fifo_while_it_is_opened(folder: Path, monkeypatch
     worker = threading.Thread(target=attempt, daemon=True)
     worker.start()
     worker.join(5)
+    if not told:
+        os.close(os.open("base", os.O_WRONLY))  # lets the thread go before the test fails
     assert told, "it waits for a writer"
 
 
@@ -380,6 +383,16 @@ def test_tables_that_are_shared_or_out_of_order(folder: Path) -> None:
     put(image, 0x200, second + first + first + bytes(8) + first)
     wanted = runs((64, 0), (1, 1), (63, 0), (1, 1), (63, 0), (64, 0), (1, 1), (63, 0))
     assert depths(write("a.qcow2", bytes(image))) == wanted
+
+
+def test_a_bomb_of_runs_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every L1 entry leads to one table of alternating entries; a small file could ask for terabytes of runs."""
+    write("a.qcow2", qcow2_bytes(dict.fromkeys(range(0, 128, 2), ZERO)))
+    with open_chain("a.qcow2") as chain:
+        assert len(chain.allocated(0)) == 128
+        monkeypatch.setattr(qcow2_file, "MAX_RUNS", 127)
+        with pytest.raises(ImageUnsupportedError, match="more than 127 runs"):
+            chain.allocated(0)
 
 
 def test_images_of_no_size(folder: Path) -> None:

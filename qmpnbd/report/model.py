@@ -83,6 +83,20 @@ class DepthTotal(Part):
     bytes: int
 
 
+class StepEntry(Part):
+    """What one layer said about a byte while the depth was computed.
+
+    Attributes:
+        layer_index: 0 = active layer.
+        file: the image file.
+        read: the table entries that were read, and what they mean.
+    """
+
+    layer_index: int
+    file: str
+    read: str
+
+
 class DiscrepancyEntry(Part):
     """A run of bytes for which the server and the image files say different things.
 
@@ -92,7 +106,7 @@ class DiscrepancyEntry(Part):
         served: allocation depth as QEMU serves it.
         computed: allocation depth computed from the files.
         file: the layer that decided what was computed; null if no explanation was asked for.
-        why: what was read there.
+        why: what was read for the first byte, from the active layer down to the one that decided.
     """
 
     offset: int
@@ -100,7 +114,7 @@ class DiscrepancyEntry(Part):
     served: int
     computed: int
     file: str | None
-    why: str
+    why: tuple[StepEntry, ...]
 
 
 class RangeEntry(Part):

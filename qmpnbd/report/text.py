@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 
 from qmpnbd.extents import ExtentMap
 from qmpnbd.report.contexts import describe
@@ -67,7 +68,7 @@ def _disk(disk: DiskReport) -> Iterator[str]:
         yield f"  {disk.error.where}: {disk.error.what}. {disk.error.remedy}".rstrip()
         return
     again = f", read {disk.rounds} times" if disk.rounds > 1 else ""
-    yield f"  {human_size(disk.size)} in {disk.extents:,} extents of one allocation depth{again}, {disk.seconds:.2f} s"
+    yield f"  {human_size(disk.size)} in {disk.extents:,} extents{again}, {disk.seconds:.2f} s"
     if disk.computed_size != disk.size:
         yield f"  size: served {disk.size} bytes, computed {disk.computed_size} bytes from the files"
     totals = {total.allocation_depth: total.bytes for total in disk.totals}
@@ -97,7 +98,8 @@ def _discrepancy(each: DiscrepancyEntry) -> Iterator[str]:
         f"computed {each.computed} ({_meaning(each.computed)})"
     )
     yield f"      decided by {each.file}" if each.file else "      no layer holds it"
-    yield from (f"      {line}" for line in each.why.splitlines())
+    for step in each.why:
+        yield f"      layer {step.layer_index} {PurePath(step.file).name}: {step.read}"
 
 
 def _meaning(depth: int) -> str:

@@ -14,6 +14,7 @@ from qmpnbd.report.model import (
     DiskReport,
     ErrorEntry,
     RangeEntry,
+    StepEntry,
     Verdict,
 )
 from qmpnbd.report.strip import STRIP_CELLS, dominant
@@ -95,5 +96,5 @@ def _entry(each: Explained) -> DiscrepancyEntry:
         served=each.discrepancy.served,
         computed=each.discrepancy.computed,
         file=each.explanation.path,
-        why=each.explanation.text,
+        why=tuple(StepEntry(layer_index=step.layer, file=step.path, read=step.text) for step in each.explanation.steps),
     )
