@@ -10,10 +10,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qmpnbd.extents import ExtentMap
+from qmpnbd.images.files import open_chain
 from qmpnbd.images.qcow2_format import Qcow2Header, pack_extensions
 
 BACKING_FORMAT = 0xE2792ACA
@@ -21,12 +24,14 @@ NAME_AT = 0x100
 DATA = 0x10000
 END = 0x20000
 COPIED = 1 << 63
+ZERO = 1
+SIZE = 128 * 512  # two L2 tables of 64 clusters of 512 bytes
 
 
 def qcow2_bytes(
     entries: Mapping[int, int],
     *,
-    size: int = 128 * 512,
+    size: int = SIZE,
     backing: str = "",
     backing_format: str = "",
     length: int = END,
@@ -73,3 +78,18 @@ def put(image: bytearray, offset: int, data: bytes) -> None:
     """Writes into an image, which grows if it must."""
     image.extend(bytes(max(0, offset + len(data) - len(image))))
     image[offset : offset + len(data)] = data
+
+
+def write(name: str, data: bytes) -> str:
+    Path(name).write_bytes(data)
+    return name
+
+
+def depths(path: str) -> ExtentMap:
+    with open_chain(path) as chain:
+        return chain.allocation_depth()
+
+
+def runs(*pairs: tuple[int, int]) -> ExtentMap:
+    """A map of pairs of clusters and value."""
+    return ExtentMap.of_extents((clusters * 512, value) for clusters, value in pairs)

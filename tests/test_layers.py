@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "qmpnbd").rglob("*.py"))
 
-DOORS = {"nbd.client", "nbd.aio", "qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.rundir", "images.files"}
-DOORS |= {"images.hostfile", "images.qcow2_file"}
+DOORS = {"nbd.client", "nbd.aio", "nbd.sockets", "nbd.aio_sockets"}
+DOORS |= {"qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.rundir"}
+DOORS |= {"images.files", "images.hostfile", "images.qcow2_file"}
 """Layer 2; everything else below nbd, qmp and images is layer 1."""
 
 RUN_MODULES = {"validate.run"}

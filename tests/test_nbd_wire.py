@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpnbd.nbd import wire
-from qmpnbd.nbd.client import Inbox
+from qmpnbd.nbd.sockets import Inbox
 
 u16, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
 

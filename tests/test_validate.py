@@ -238,7 +238,9 @@ def writing(server: Server, socket_path: Path, size: int) -> Iterator[None]:
     stop = threading.Event()
     uri = f"nbd+unix:///guest?socket={socket_path}"
     child = subprocess.Popen(
-        [tool("qemu-io"), "-t", "writeback", "-f", "raw", "-d", "unmap", uri], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        [tool("qemu-io"), "-t", "writeback", "-f", "raw", "-d", "unmap", uri],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
     )
     assert child.stdin is not None
     pipe = child.stdin
