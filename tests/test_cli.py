@@ -19,7 +19,7 @@ from qmpnbd.cli.exit_codes import exit_codes
 from qmpnbd.cli.output import printable
 from qmpnbd.report.model import DOCUMENTS
 from tests.schemas import FOLDER, schemas
-from tests.servers import Server, blockdev, process, qemu, qemu_img, storage_daemon, tool, wait_until
+from tests.servers import Server, blockdev, listening, process, qemu, qemu_img, storage_daemon, tool, wait_until
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "qmpnbd"]
@@ -66,7 +66,7 @@ def guest(three_layers: Path) -> Iterator[Server]:
 def served(image: Path, folder: Path) -> Iterator[str]:
     path = folder / "nbd"
     with process([tool("qemu-nbd"), "-r", "-t", "-A", "-f", "qcow2", "-k", str(path), str(image)], folder / "log"):
-        wait_until(path.exists, "qemu-nbd to listen")
+        wait_until(lambda: listening(path), "qemu-nbd to listen")
         yield f"nbd+unix:///?socket={path}"
 
 
@@ -271,7 +271,7 @@ def bad_things(tmp_path_factory: pytest.TempPathFactory, guest: Server) -> Itera
         process([*server, str(folder / "image.raw")], folder / "log"),
         socket.socket(socket.AF_UNIX) as side,
     ):
-        wait_until((folder / "nbd").exists, "qemu-nbd to listen")
+        wait_until(lambda: listening(folder / "nbd"), "qemu-nbd to listen")
         # What a monitor that nobody holds would say to an NBD client.
         side.bind(str(folder / "side"))
         side.listen()

@@ -147,6 +147,7 @@ def test_the_backing_format_among_other_extensions() -> None:
     assert found(area(other, (BACKING_FORMAT, b"qcow2"), other)) == "qcow2"
     assert found(area(other)) == ""
     assert found(b"") == ""
+    assert found(bytes(4)) == ""
     assert found(area((BACKING_FORMAT, b"raw"))[:-8]) == "raw", "the end marker may be missing"
     assert found(area((BACKING_FORMAT, b"raw"), (BACKING_FORMAT, b"qcow2"))) == "qcow2", "the last one wins"
     assert found(area((BACKING_FORMAT, b"raw"), (BACKING_FORMAT, b""))) == "", "and an empty one is none"
@@ -162,6 +163,8 @@ def test_the_backing_format_among_other_extensions() -> None:
         area((1, bytes(64)))[:40],
         b"\xff" * 8,
         area((BACKING_FORMAT, b"raw"))[:10],
+        area((BACKING_FORMAT, b"raw"))[:5],
+        b"\0\0\0",
     ],
 )
 def test_an_extension_longer_than_its_room(data: bytes) -> None:

@@ -31,7 +31,7 @@ from qmpnbd.nbd.client import Client
 from qmpnbd.nbd.uri import NbdUri
 from tests.hostile_nbd import BASE, DEPTH, Script, serving
 from tests.nbd_doors import LONG, SHORT, Door, both_doors
-from tests.servers import process, tool, wait_until
+from tests.servers import listening, process, tool, wait_until
 
 # No server at all.
 
@@ -182,7 +182,7 @@ def qemu_nbd(folder: Path, *arguments: str) -> Iterator[NbdUri]:
     path = folder / "s"
     command = [tool("qemu-nbd"), "-k", str(path), "-r", "-t", "-x", "disk", *arguments]
     with process(command, folder / "log") as child:
-        wait_until(lambda: path.exists() or child.poll() is not None, "qemu-nbd")
+        wait_until(lambda: listening(path) or child.poll() is not None, "qemu-nbd")
         assert child.poll() is None, (folder / "log").read_text()
         yield NbdUri.unix(str(path), "disk")
 
@@ -191,7 +191,7 @@ def qemu_nbd(folder: Path, *arguments: str) -> Iterator[NbdUri]:
 def nbdkit(folder: Path, *arguments: str) -> Iterator[NbdUri]:
     path = folder / "s"
     with process([tool("nbdkit"), "-f", "-U", str(path), *arguments], folder / "log") as child:
-        wait_until(lambda: path.exists() or child.poll() is not None, "nbdkit")
+        wait_until(lambda: listening(path) or child.poll() is not None, "nbdkit")
         assert child.poll() is None, (folder / "log").read_text()
         yield NbdUri.unix(str(path))
 

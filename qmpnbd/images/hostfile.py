@@ -56,7 +56,8 @@ class HostFile:
             self.close()
             raise self._unreadable("cannot be opened", error) from error
         except ValueError as error:
-            raise ImageUnreadableError(f"no file can have this name ({error})", where=where) from error
+            what = f"no file can have this name ({error})"
+            raise ImageUnreadableError(what, where=where, remedy="Check the name.") from error
         except ImageUnreadableError:
             self.close()
             raise
@@ -119,7 +120,8 @@ class HostFile:
         return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
 
     def _unreadable(self, what: str, error: OSError) -> ImageUnreadableError:
-        remedy = "Run as a user who may read it." if isinstance(error, PermissionError) else ""
+        denied = isinstance(error, PermissionError)
+        remedy = "Run as a user who may read it." if denied else "See the kernel's log for what is wrong with it."
         return ImageUnreadableError(f"{what}: {error.strerror or error}", where=self.where, remedy=remedy)
 
 

@@ -33,6 +33,7 @@ _OTHER_NODES = (*_OTHER_FORMATS, *_FILTERS, "blklogwrites", "blkreplay", "quorum
 _NODE_OPTIONS = ("node-name", "read-only", "auto-read-only", "discard", "detect-zeroes", "force-share")
 _CACHE_OPTIONS = ("cache.direct", "cache.no-flush", "cache-size", "l2-cache-size", "cache-clean-interval")
 _HARMLESS = {*_NODE_OPTIONS, *_CACHE_OPTIONS, "locking", "aio", "lazy-refcounts", "overlap-check"}
+_REMEDY_JSON = "Name the layers yourself, or give the overlay a plain backing name with 'qemu-img rebase -u'."
 _REMEDY_LOCAL = "Validate where the file is local, or name the layers yourself."
 
 
@@ -121,7 +122,9 @@ def _resolve_json(text: str, recorded_format: str, where: str, working_directory
         _refuse(f"driver is {driver!r}", where)
     if driver in _OTHER_NODES:
         raise ImageUnsupportedError(
-            f"its backing file is read by QEMU's {driver} driver, which is not known here", where=where
+            f"its backing file is read by QEMU's {driver} driver, which is not known here",
+            where=where,
+            remedy=_REMEDY_JSON,
         )
     if not file_options and driver not in ("qcow2", "raw", None):
         raise BackingNotLocalError(
@@ -199,5 +202,5 @@ def _refuse(what: str, where: str) -> NoReturn:
     raise ImageUnsupportedError(
         f"its backing file is named by json: options that are not read here ({what})",
         where=where,
-        remedy="Name the layers yourself, or give the overlay a plain backing name with 'qemu-img rebase -u'.",
+        remedy=_REMEDY_JSON,
     )

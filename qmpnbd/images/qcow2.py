@@ -186,10 +186,10 @@ class Tables:
         np.not_equal(as_they_lie & np.uint64(_swapped(_ALLOCATED)), 0, out=allocated[:, 1:])
         run_ends = np.ones_like(allocated)
         np.not_equal(allocated[:, :-1], allocated[:, 1:], out=run_ends[:, :-1])
-        run_ends[:, 0] = True
-        rows, columns = np.nonzero(run_ends)
+        places = np.flatnonzero(run_ends)
+        rows, columns = np.divmod(places, width + 1)
         ends = self.indexes[rows] * np.uint64(width) + columns.astype(np.uint64)
-        return ExtentMap(ends, allocated[rows, columns])
+        return ExtentMap(ends, allocated.reshape(-1)[places])
 
     def _union(self) -> int:
         return _swapped(int(np.bitwise_or.reduce(self.entries.view(np.uint64), axis=None)))
@@ -211,9 +211,10 @@ def allocated_map(parts: list[ExtentMap], header: Qcow2Header, size: int) -> Ext
     Returns:
         A map in bytes: 1 where allocated, 0 where not.
     """
-    ends = np.concatenate([part.ends for part in parts] or [np.zeros(0, dtype=np.uint64)])
-    values = np.concatenate([part.values for part in parts] or [np.zeros(0, dtype=np.uint64)])
-    return ExtentMap(ends * np.uint64(header.cluster_size), values).resized(size, 0)
+    behind = ExtentMap.uniform(-(-size // header.cluster_size), 0)  # what no table describes
+    ends = np.concatenate([*(part.ends for part in parts), behind.ends])
+    np.minimum(ends * np.uint64(header.cluster_size), np.uint64(size), out=ends)
+    return ExtentMap(ends, np.concatenate([*(part.values for part in parts), behind.values]))
 
 
 def entry_location(header: Qcow2Header, offset: int) -> tuple[int, int]:

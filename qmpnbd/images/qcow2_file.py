@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import ImageTruncatedError
+from qmpnbd.errors import ImageTruncatedError, ImageUnsupportedError
 from qmpnbd.extents import U64, ExtentMap
 from qmpnbd.images import qcow2
 from qmpnbd.images.hostfile import HostFile
@@ -25,6 +25,7 @@ from qmpnbd.images.qcow2_format import (
     unpack_header,
 )
 
+MAX_RUNS = 1 << 26  # 1 GiB of columns; tables that share their space could ask for more than any memory holds
 _L1_SLICE = 1 << 16  # entries of the L1 table looked at together: 512 KiB
 _BATCH = 1 << 20  # bytes of L2 tables looked at together; stays in the processor's cache
 
@@ -64,15 +65,20 @@ class Qcow2File:
         Raises:
             ImageCorruptError: an entry contradicts the format.
             ImageTruncatedError: a table or the data of a cluster lies beyond the end of the file.
+            ImageUnsupportedError: more runs than fit into memory.
             ImageUnreadableError: an I/O error.
             DeadlineError: the time ran out.
         """
         header, where = self.header, self._file.where
-        parts = []
+        parts, found = [], 0
         for tables in self._batches(-(-size // header.cluster_size), deadline):
             tables.check(header, where)
             tables.check_data(header, where, self._file.size())
             parts.append(tables.runs())
+            found += len(parts[-1])
+            if found > MAX_RUNS:
+                what = f"more than {MAX_RUNS} runs of allocated and unallocated clusters"
+                raise ImageUnsupportedError(what, where=where, remedy="Check that the image is genuine.")
         return qcow2.allocated_map(parts, header, size)
 
     def look_up(self, offset: int) -> tuple[qcow2.Cluster, str]:

@@ -67,6 +67,7 @@ _OFFSETS = {
     "compression_type": 104,
 }
 
+_NEWER = "A newer version of qmpnbd may know it."
 CHECK = "Run 'qemu-img check' on the file, or restore it."
 CUT = "The file was cut or is an incomplete copy: restore it, or copy it again."
 
@@ -199,12 +200,13 @@ def unpack_backing_format(area: bytes, header: Qcow2Header, where: str) -> str:
         ImageCorruptError: an extension is longer than its room, or a backing format than any name of one.
     """
     found, at = b"", 0
-    while len(area) - at >= _EXTENSION.size:
-        kind, length = _EXTENSION.unpack_from(area, at)
+    # Without an end marker they fill their room to the byte: QEMU would read a torn last one into the backing name.
+    while at < len(area):
+        kind, length = _EXTENSION.unpack(area[at : at + _EXTENSION.size].ljust(_EXTENSION.size, b"\xff"))
         if kind == _END:
             break
         start, place = at + _EXTENSION.size, header.header_length + at
-        room = len(area) - start
+        room = max(len(area) - start, 0)
         limit = min(room, _BACKING_FORMAT_MAX) if kind == _BACKING_FORMAT else room
         if length > limit:
             raise ImageCorruptError(
@@ -242,17 +244,19 @@ def _refuse(header: Qcow2Header, field: str, what: str, where: str) -> NoReturn:
 def _check_features(header: Qcow2Header, where: str) -> None:
     for bit, feature in _UNREAD_FEATURES.items():
         if header.incompatible & bit:
-            raise ImageUnsupportedError(f"the image has {feature}, which is not read here yet", where=where)
+            what = f"the image has {feature}, which is not read here yet"
+            raise ImageUnsupportedError(what, where=where, remedy="'qemu-img convert' makes an image without.")
     unknown = header.incompatible & ~(_READ_FEATURES | sum(_UNREAD_FEATURES))
     if unknown:
-        remedy = "A newer version of qmpnbd may know them."
-        raise ImageUnsupportedError(f"unknown incompatible features {unknown:#x}", where=where, remedy=remedy)
+        raise ImageUnsupportedError(f"unknown incompatible features {unknown:#x}", where=where, remedy=_NEWER)
     if header.compression_type > 1:
-        raise ImageUnsupportedError(f"unknown compression type {header.compression_type}", where=where)
+        what = f"unknown compression type {header.compression_type}"
+        raise ImageUnsupportedError(what, where=where, remedy=_NEWER)
     if bool(header.incompatible & COMPRESSION_TYPE_BIT) != bool(header.compression_type):
         _refuse(header, "compression_type", "the compression type and its feature bit contradict each other", where)
     if header.crypt_method > MAX_CRYPT_METHOD:
-        raise ImageUnsupportedError(f"unknown encryption method {header.crypt_method}", where=where)
+        what = f"unknown encryption method {header.crypt_method}"
+        raise ImageUnsupportedError(what, where=where, remedy=_NEWER)
 
 
 def _check_geometry(header: Qcow2Header, where: str) -> None:
