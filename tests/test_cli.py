@@ -222,7 +222,8 @@ def test_a_qemu_that_dies_in_the_middle(folder: Path) -> None:
         with validating(server, folder / "run") as child:
             os.kill(server.pid, signal.SIGKILL)
             _, complaints = child.communicate(timeout=30)
-    assert child.returncode in (13, 36), complaints
+    # Lost monitor, lost NBD connection, or none to be had any more: whichever is met first.
+    assert child.returncode in (13, 30, 36), complaints
     assert "Traceback" not in complaints
     assert list((folder / "run").iterdir()) == []
 
