@@ -6,14 +6,18 @@ import sys
 from collections.abc import Iterable
 
 
-def write(pieces: Iterable[str]) -> None:
-    """Writes a result to stdout.
+def write(pieces: Iterable[str | bytes]) -> None:
+    """Writes a result to stdout; text of our own making may come as bytes.
 
     Names of files and texts of servers are foreign: characters that a terminal would obey are shown as escapes, and
     bytes that are no characters do not stop the output.
     """
     for piece in pieces:
-        sys.stdout.write(printable(piece))
+        if isinstance(piece, bytes):
+            sys.stdout.flush()
+            sys.stdout.buffer.write(piece)
+        else:
+            sys.stdout.write(printable(piece))
     sys.stdout.flush()
 
 

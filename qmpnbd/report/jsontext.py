@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from qmpnbd.extents import ExtentMap
+from qmpnbd.extents import U64, ExtentMap
 from qmpnbd.report.model import ChainDocument, Document, MapDocument
+from qmpnbd.report.rows import Block, constant, digits, extent_rows, joined
 
 
 def document_json(document: Document) -> str:
@@ -19,7 +20,7 @@ def document_json(document: Document) -> str:
     return document.model_dump_json(indent=2) + "\n"
 
 
-def chain_json(head: ChainDocument, extents: ExtentMap) -> Iterator[str]:
+def chain_json(head: ChainDocument, extents: ExtentMap) -> Iterator[str | bytes]:
     """Yields a chain document piece by piece.
 
     Args:
@@ -33,7 +34,7 @@ def chain_json(head: ChainDocument, extents: ExtentMap) -> Iterator[str]:
     yield "\n  ]\n}\n"
 
 
-def map_json(head: MapDocument, maps: dict[str, ExtentMap]) -> Iterator[str]:
+def map_json(head: MapDocument, maps: dict[str, ExtentMap]) -> Iterator[str | bytes]:
     """Yields a map document piece by piece.
 
     Args:
@@ -52,8 +53,19 @@ def map_json(head: MapDocument, maps: dict[str, ExtentMap]) -> Iterator[str]:
     yield "\n  ]\n}\n"
 
 
-def _extents(extents: ExtentMap, indent: str) -> Iterator[str]:
-    separator = "\n"
-    for extent in extents:
-        yield (f'{separator}{indent}{{"offset": {extent.offset}, "length": {extent.length}, "value": {extent.value}}}')
-        separator = ",\n"
+def _extents(extents: ExtentMap, indent: str) -> Iterator[bytes]:
+    def line(offsets: U64, lengths: U64, values: U64) -> list[Block]:
+        count = offsets.size
+        return [
+            constant(f'{indent}{{"offset": '.encode(), count),
+            digits(offsets),
+            constant(b', "length": ', count),
+            digits(lengths),
+            constant(b', "value": ', count),
+            digits(values),
+            constant(b"},\n", count),
+        ]
+
+    if len(extents):
+        yield b"\n"
+    yield from joined(extent_rows(extents, line), b",\n")

@@ -14,17 +14,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qmpnbd.extents import ExtentMap
+from qmpnbd.extents import U64, ExtentMap
 from qmpnbd.report.contexts import describe
+from qmpnbd.report.rows import Block, choice, constant, digits, extent_rows, joined
 
 
-def map_json(context: str, extents: ExtentMap) -> Iterator[str]:
-    """Yields the document piece by piece, an extent a piece."""
-    yield "[\n"
-    separator = ""
-    for extent in extents:
-        meaning = describe(context, extent.value)
+def map_json(context: str, extents: ExtentMap) -> Iterator[bytes]:
+    """Yields the document piece by piece, some thousand extents a piece."""
+
+    def tail(value: int) -> bytes:
+        meaning = describe(context, value)
         words = "" if meaning is None else f', "description": "{meaning}"'
-        yield f'{separator}{{ "offset": {extent.offset}, "length": {extent.length}, "type": {extent.value}{words}}}'
-        separator = ",\n"
-    yield "\n]\n"
+        return f', "type": {value}{words}}},\n'.encode()
+
+    def line(offsets: U64, lengths: U64, values: U64) -> list[Block]:
+        count = offsets.size
+        return [
+            constant(b'{ "offset": ', count),
+            digits(offsets),
+            constant(b', "length": ', count),
+            digits(lengths),
+            choice(values, tail),
+        ]
+
+    yield b"[\n"
+    yield from joined(extent_rows(extents, line), b",\n")
+    yield b"\n]\n"
