@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from qmpnbd.deadline import Deadline
     from qmpnbd.images.files import open_chain
-    from qmpnbd.report import jsontext, nbdinfo, text
+    from qmpnbd.report import jsontext, maptext, nbdinfo, text
     from qmpnbd.report.contexts import ALLOCATION_DEPTH
     from qmpnbd.report.layers import layer_entries
     from qmpnbd.report.model import ChainDocument
@@ -50,5 +50,5 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         output.write(f"{line}\n" for line in text.layer_table(layers, depth.totals()))
         output.write(["\n"])
-        output.write(text.extents_text(ALLOCATION_DEPTH, depth))
+        output.write(maptext.extents_text(ALLOCATION_DEPTH, depth))
     return 0

@@ -32,8 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
     from qmpnbd.deadline import Deadline
     from qmpnbd.errors import UsageError
     from qmpnbd.nbd.client import Client
-    from qmpnbd.report import jsontext, nbdinfo, text
-    from qmpnbd.report.model import MapDocument
 
     contexts = list(dict.fromkeys(arguments.context or [_DEPTH]))
     if arguments.nbdinfo and len(contexts) > 1:
@@ -42,12 +40,20 @@ def run(arguments: argparse.Namespace) -> int:
     with Client.connect(arguments.uri, contexts=contexts, deadline=deadline) as client:
         maps = client.maps(deadline)
         size = client.export.size
+    # Each form brings its own renderer in: pydantic alone takes longer than reading most maps.
     if arguments.nbdinfo:
+        from qmpnbd.report import nbdinfo
+
         output.write(nbdinfo.map_json(contexts[0], maps[contexts[0]]))
     elif arguments.json:
+        from qmpnbd.report import jsontext
+        from qmpnbd.report.model import MapDocument
+
         head = MapDocument(uri=arguments.uri, size=size, maps=())
         output.write(jsontext.map_json(head, {context: maps[context] for context in contexts}))
     else:
+        from qmpnbd.report import maptext
+
         for context in contexts:
-            output.write(text.extents_text(context, maps[context]))
+            output.write(maptext.extents_text(context, maps[context]))
     return 0

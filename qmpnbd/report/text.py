@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 
-from qmpnbd.extents import U64, ExtentMap
 from qmpnbd.report.contexts import describe
 from qmpnbd.report.model import (
     DiscrepancyEntry,
@@ -14,7 +13,6 @@ from qmpnbd.report.model import (
     LayerEntry,
     ValidationReport,
 )
-from qmpnbd.report.rows import Block, choice, constant, digits, extent_rows
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _SHOWN = 10
@@ -157,16 +155,3 @@ def disks_text(document: DisksDocument) -> str:
     if not document.disks:
         lines += ["", "no disks"]
     return "\n".join(lines) + "\n"
-
-
-def extents_text(context: str, extents: ExtentMap) -> Iterator[str | bytes]:
-    """Yields a map piece by piece, heading first."""
-
-    def tail(value: int) -> bytes:
-        return f" {value:>5}  {describe(context, value) or ''}".rstrip().encode() + b"\n"
-
-    def line(offsets: U64, lengths: U64, values: U64) -> list[Block]:
-        return [digits(offsets, 16), constant(b" ", offsets.size), digits(lengths, 16), choice(values, tail)]
-
-    yield f"{'offset':>16} {'length':>16} {'value':>5}  {context}\n"
-    yield from extent_rows(extents, line)
