@@ -12,7 +12,8 @@
     │   ├── MonitorLostError         13  the connection ended; what a pending command did is unknown
     │   ├── CommandFailedError       14  QEMU refused a command
     │   ├── UnsafeOperationError     15  QEMU would do it, and the guest could be hurt
-    │   └── LeftBehindError          16  done, but something of ours could not be taken down
+    │   ├── LeftBehindError          16  done, but something of ours could not be taken down
+    │   └── InterferenceError        17  somebody else changed the block graph or our export meanwhile
     ├── DiskError
     │   ├── NoSuchDiskError          20  no disk of that name
     │   ├── DiskNotLocalError        21  the disk is not made of files that can be read here
@@ -134,6 +135,12 @@ class LeftBehindError(MonitorError):
     """Something made inside QEMU could not be taken down; the message names it."""
 
     exit_code = 16
+
+
+class InterferenceError(MonitorError):
+    """Somebody else changed the block graph or an export of ours meanwhile."""
+
+    exit_code = 17
 
 
 class DiskError(QmpnbdError):

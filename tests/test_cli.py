@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from qmpnbd.cli.exit_codes import exit_codes
-from qmpnbd.cli.output import printable
+from qmpnbd.printable import printable
 from qmpnbd.report.model import DOCUMENTS
 from tests.schemas import FOLDER, schemas
 from tests.servers import Server, blockdev, listening, process, qemu, qemu_img, storage_daemon, tool, wait_until
@@ -348,7 +348,50 @@ def test_foreign_text_does_not_reach_the_terminal_as_commands(tmp_path: Path) ->
     done = qmpnbd("chain", tmp_path / "\x1b[31mred\x07", code=40)
     assert "\x1b" not in done.stderr
     assert "\\x1b[31mred\\x07" in done.stderr
-    assert printable("plain\nümlaut\udcff\x9b") == "plain\nümlaut\\udcff\\x9b"
+    assert printable("plain\nümlaut\udcff\x9b\xad") == "plain\\nümlaut\\udcff\\x9b\\xad"
+
+
+@pytest.mark.parametrize("name", ["soft\xadhyphen", "next\x85line", "tag\U000e0041", "line\nforged", b"not utf-8 \xff"])
+def test_any_name_of_a_file_gives_valid_json_and_whole_lines(name: str | bytes, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(name)
+    path.write_bytes(bytes(65536))
+    found = json.loads(qmpnbd("chain", path, "--json").stdout)
+    assert found["image"] == found["layers"][0]["file"] == str(path)
+    text = qmpnbd("chain", path).stdout
+    assert len(text.splitlines()) == 5
+    path.unlink()
+    done = qmpnbd("chain", path, "--json", code=40)
+    assert len(done.stderr.splitlines()) == 1
+    assert json.loads(done.stdout)["error"]["where"]
+
+
+def test_a_monitor_of_any_name(tmp_path: Path) -> None:
+    for name in ("line\nforged", os.fsdecode(b"\xff")):
+        done = qmpnbd("disks", "--qmp", tmp_path / name, code=10)
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_fault_of_our_own_is_no_verdict() -> None:
+    code = "import qmpnbd.cli.chain as c, sys; from qmpnbd.cli import main; c.run = lambda _: 1 // 0; "
+    run = "sys.exit(main.main(['chain', 'x']))"
+    done = subprocess.run([sys.executable, "-c", code + run], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 70
+    assert "ZeroDivisionError" in done.stderr
+    assert "please report it" in done.stderr
+
+
+@pytest.mark.real
+def test_a_qemu_that_falls_silent_in_the_middle_is_not_waited_for_step_by_step(big: Server, folder: Path) -> None:
+    (folder / "run").mkdir()
+    with validating(big, folder / "run", "--timeout", "1") as child:
+        os.kill(big.pid, signal.SIGSTOP)
+        _, complaints = child.communicate(timeout=16)  # 1 s, 10 s for the first step, and little more
+        os.kill(big.pid, signal.SIGCONT)
+    assert child.returncode == 50
+    assert complaints.count("left behind in QEMU") == 2
+    done = qmpnbd("validate", "--qmp", big.qmp, "--runtime-dir", folder / "run", "--timeout", "0.5", "big", code=50)
+    assert "took down what a killed run had left" in done.stderr
+    assert (big.exports(), big.nbd_server_runs(), list((folder / "run").iterdir())) == ([], False, [])
 
 
 def test_the_table_of_exit_codes_is_in_help_and_readme() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -14,19 +15,21 @@ import pytest
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError, ServerBusyError, UnsafeOperationError, UsageError
-from qmpnbd.qmp.exports import add_export, remove_export, remove_leftovers, start_server, stop_server
+from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmap, remove_bitmap
+from qmpnbd.qmp.exports import add_export, remove_export, start_server, stop_server
 from qmpnbd.qmp.inventory import (
     guest_status,
     read_exports,
     read_graph,
     read_inventory,
-    require_exportable,
     require_no_iothread_bug,
+    require_safe_moment,
 )
 from qmpnbd.qmp.monitor import Monitor
-from qmpnbd.qmp.naming import export_id, new_run, run_of
+from qmpnbd.qmp.naming import bitmap_name, export_id, new_run, run_of
+from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory, dead_runs
-from tests.servers import Server, blockdev, qemu, storage_daemon
+from tests.servers import Server, blockdev, qemu, storage_daemon, wait_until
 
 SOON = Deadline(60)
 
@@ -35,7 +38,9 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture
 def server(three_layers: Path) -> Iterator[Server]:
-    with storage_daemon("--blockdev", blockdev(three_layers / "top.qcow2", "top", read_only=True)) as running:
+    scratch = json.dumps({"driver": "null-co", "node-name": "rw", "size": 1 << 20})
+    top = blockdev(three_layers / "top.qcow2", "top", read_only=True)
+    with storage_daemon("--blockdev", top, "--blockdev", scratch) as running:
         yield running
 
 
@@ -51,10 +56,11 @@ def run(server: Server, work: Callable[[Monitor], Awaitable[object]]) -> None:
 async def served(monitor: Monitor, directory: RunDirectory) -> AsyncIterator[str]:
     try:
         await start_server(monitor, directory, SOON)
-        yield await add_export(monitor, "top", directory, 0, SOON)
+        await add_export(monitor, "top", export_id(directory.run, 0), SOON)
+        yield export_id(directory.run, 0)
     finally:
-        await remove_export(monitor, export_id(directory.run, 0))
-        await stop_server(monitor, directory)
+        await remove_export(monitor, export_id(directory.run, 0), SOON)
+        await stop_server(monitor, directory, SOON)
 
 
 def test_up_and_down_leaves_nothing(server: Server, folder: Path) -> None:
@@ -77,8 +83,8 @@ def test_up_and_down_leaves_nothing(server: Server, folder: Path) -> None:
 def test_taking_down_what_is_not_there_is_no_error(server: Server, folder: Path) -> None:
     async def work(monitor: Monitor) -> None:
         with RunDirectory.create(str(folder)) as directory:
-            await remove_export(monitor, export_id(directory.run, 0))
-            assert await stop_server(monitor, directory)
+            await remove_export(monitor, export_id(directory.run, 0), SOON)
+            assert await stop_server(monitor, directory, SOON)
 
     run(server, work)
 
@@ -91,7 +97,7 @@ def test_a_server_of_someone_else_is_neither_used_nor_stopped(server: Server, fo
         with RunDirectory.create(str(folder)) as directory:
             with pytest.raises(ServerBusyError, match=r"exports: theirs.*--nbd URI"):
                 await start_server(monitor, directory, SOON)
-            assert await stop_server(monitor, directory)
+            assert await stop_server(monitor, directory, SOON)
 
     run(server, work)
     assert (server.exports(), server.nbd_server_runs()) == (["theirs"], True)
@@ -102,7 +108,7 @@ def test_our_server_stays_while_others_have_exports_in_it(server: Server, folder
         with RunDirectory.create(str(folder)) as directory:
             await start_server(monitor, directory, SOON)
             server.side("block-export-add", type="nbd", id="theirs", node_name="top")
-            assert not await stop_server(monitor, directory)
+            assert not await stop_server(monitor, directory, SOON)
         assert directory.socket_path.is_socket()
 
     run(server, work)
@@ -143,8 +149,10 @@ def test_cancelled_while_qemu_works_everything_is_known_and_taken_down(server: S
 KILLED = """
 import asyncio, os, sys
 from qmpnbd.deadline import Deadline
+from qmpnbd.qmp.bitmaps import add_bitmap
 from qmpnbd.qmp.exports import add_export, start_server
 from qmpnbd.qmp.monitor import Monitor
+from qmpnbd.qmp.naming import bitmap_name, export_id
 from qmpnbd.qmp.rundir import RunDirectory
 
 async def main(address, base, exported):
@@ -152,26 +160,52 @@ async def main(address, base, exported):
     directory = RunDirectory.create(base)
     await start_server(monitor, directory, Deadline(20))
     if exported == "exported":
-        await add_export(monitor, "top", directory, 0, Deadline(20))
+        await add_export(monitor, "top", export_id(directory.run, 0), Deadline(20))
+    if exported == "bitmap":
+        await add_bitmap(monitor, "rw", bitmap_name(directory.run, 1), Deadline(20))
     os.kill(os.getpid(), 9)
 
 asyncio.run(main(*sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("step", ["exported", "started"])
-def test_what_a_killed_run_left_is_found_and_removed(server: Server, folder: Path, step: str) -> None:
+def bitmaps(server: Server) -> list[str]:
+    nodes = server.side("query-named-block-nodes", flat=True)
+    return [each["name"] for node in nodes for each in node.get("dirty-bitmaps", ())]
+
+
+@pytest.mark.parametrize(("step", "count"), [("exported", 2), ("bitmap", 2), ("started", 1)])
+def test_what_a_killed_run_left_is_found_and_removed(server: Server, folder: Path, step: str, count: int) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(server.qmp), str(folder), step], check=False, timeout=60)
     assert done.returncode == -9
-    assert (len(server.exports()), server.nbd_server_runs()) == (int(step == "exported"), True)
+    left = (len(server.exports()), len(bitmaps(server)), server.nbd_server_runs())
+    assert left == (int(step == "exported"), int(step == "bitmap"), True)
 
     async def work(monitor: Monitor) -> None:
         removed = await remove_leftovers(monitor, str(folder), SOON)
-        assert len(removed) == (2 if step == "exported" else 1)
+        assert len(removed) == count
         assert await remove_leftovers(monitor, str(folder), SOON) == []
 
     run(server, work)
-    assert (server.exports(), server.nbd_server_runs(), list(folder.iterdir())) == ([], False, [])
+    assert (server.exports(), bitmaps(server), server.nbd_server_runs()) == ([], [], False)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_bitmap_tells_what_was_written(server: Server) -> None:
+    name = bitmap_name(new_run(), 0)
+
+    async def work(monitor: Monitor) -> None:
+        await add_bitmap(monitor, "rw", name, SOON)
+        assert bitmaps(server) == [name]
+        await disable_bitmap(monitor, "rw", name, SOON)
+        await remove_bitmap(monitor, "rw", name, SOON)
+        await remove_bitmap(monitor, "rw", name, SOON)
+        await remove_bitmap(monitor, "no-such-node", name, SOON)
+        with pytest.raises(CommandFailedError):
+            await disable_bitmap(monitor, "rw", name, SOON)
+
+    run(server, work)
+    assert bitmaps(server) == []
 
 
 def test_a_run_that_lives_and_another_qemu_are_left_alone(server: Server, folder: Path, three_layers: Path) -> None:
@@ -222,12 +256,37 @@ def test_names() -> None:
     assert [run_of(text) for text in ("qmpnbd", "qmpnbd-", "qmpnbd-123", "disk0", f"x-qmpnbd-{name}")] == [None] * 5
 
 
-def test_migrating_guests_are_not_touched() -> None:
-    require_exportable("running", "qmp")
-    require_exportable("storage daemon", "qmp")
-    for status in ("inmigrate", "postmigrate", "finish-migrate", "something-new"):
-        with pytest.raises(UnsafeOperationError, match=status):
-            require_exportable(status, "qmp")
+def test_a_guest_that_has_migrated_is_not_touched(three_layers: Path, folder: Path) -> None:
+    node = ["-blockdev", blockdev(three_layers / "top.qcow2", "a", read_only=True)]
+    with qemu(*node, "-device", "virtio-blk-pci,id=d0,drive=a") as server:
+
+        async def work(monitor: Monitor) -> None:
+            assert await require_safe_moment(monitor, SOON) == "prelaunch"
+            server.side("migrate", uri=f"exec:cat > {folder / 'state'}")
+            wait_until(lambda: server.side("query-migrate").get("status") == "completed", "the migration")
+            with pytest.raises(UnsafeOperationError, match="postmigrate"):
+                await require_safe_moment(monitor, SOON)
+
+        run(server, work)
+
+
+def test_a_guest_that_is_migrating_is_not_touched(three_layers: Path, folder: Path) -> None:
+    node = ["-blockdev", blockdev(three_layers / "top.qcow2", "a", read_only=True)]
+    with qemu(*node, "-device", "virtio-blk-pci,id=d0,drive=a") as server:
+
+        async def work(monitor: Monitor) -> None:
+            server.side("migrate", uri=f"exec:sleep 60; cat > {folder / 'state'}")
+            with pytest.raises(UnsafeOperationError, match=r"migration (setup|active)"):
+                await require_safe_moment(monitor, SOON)
+
+        run(server, work)
+
+
+def test_the_storage_daemon_never_migrates(server: Server) -> None:
+    async def work(monitor: Monitor) -> None:
+        assert await require_safe_moment(monitor, SOON) == await guest_status(monitor, SOON) == "storage daemon"
+
+    run(server, work)
 
 
 def test_disks_in_an_iothread_are_refused_where_qemu_is_known_to_abort(three_layers: Path) -> None:
@@ -242,15 +301,15 @@ def test_disks_in_an_iothread_are_refused_where_qemu_is_known_to_abort(three_lay
 
         async def work(monitor: Monitor) -> None:
             assert await guest_status(monitor, SOON) == "prelaunch"
-            disks = {disk.name: disk for disk in (await read_inventory(monitor, SOON)).disks}
-            assert set(disks) == set("abcd")
+            inventory = await read_inventory(monitor, SOON)
             refused = set()
-            for name, disk in disks.items():
+            for name in inventory.graph.nodes:
                 try:
-                    await require_no_iothread_bug(monitor, disk, SOON)
+                    await require_no_iothread_bug(monitor, name, inventory, SOON)
                 except UnsafeOperationError:
                     refused.add(name)
-            assert refused == ({"a", "c"} if monitor.version.qemu.major in (7, 8) else set())
+            files = {inventory.graph.nodes[name].children["file"] for name in "ac"}
+            assert refused == ({"a", "c", *files} if monitor.version.qemu.major in (7, 8) else set())
 
         run(server, work)
 
@@ -259,7 +318,7 @@ def test_the_graph_of_a_running_qemu(server: Server) -> None:
     async def work(monitor: Monitor) -> None:
         graph = await read_graph(monitor, SOON)
         assert sorted(graph.nodes) == server.nodes()
-        assert graph.roots == ("top",)
+        assert graph.roots == ("top", "rw") or graph.roots == ("rw", "top")
         assert graph == await read_graph(monitor, SOON)
 
     run(server, work)

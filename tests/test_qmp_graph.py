@@ -7,13 +7,13 @@ import json
 import pytest
 
 from qmpnbd.errors import DiskNotLocalError, GraphUnsupportedError, ImageUnsupportedError, NoSuchDiskError
-from qmpnbd.qmp.disks import Disk, find_disk, list_disks
-from qmpnbd.qmp.graph import BlockGraph, Link, Node, build_graph, chain_of
+from qmpnbd.qmp.disks import Disk, empty_drives, find_disk, list_disks, users_of
+from qmpnbd.qmp.graph import BlockGraph, Link, Node, below, build_graph, chain_of
 from qmpnbd.qmp.models import BlockDeviceInfo, BlockInfo, GraphReply
 
 
 def node(name: str, driver: str, filename: str = "", **children: str) -> Node:
-    return Node(name, driver, filename or f"/images/{name}", 1 << 20, False, children)
+    return Node(name, driver, filename or f"/images/{name}", 1 << 20, True, children)
 
 
 def graph(*nodes: Node) -> BlockGraph:
@@ -45,6 +45,24 @@ def test_a_plain_chain_counts_from_one() -> None:
         Link("mid", "qcow2", "/images/mid-f", 2),
         Link("base", "raw", "/images/base-f", 3),
     )
+
+
+def test_what_may_be_written_inside_qemu_is_told() -> None:
+    top = Node("top", "qcow2", "", 1 << 20, False, {"file": "top-f", "backing": "mid"})
+    links = chain_of(graph(top, *THREE[1:]), "top")
+    assert [link.writable for link in links] == [True, False, False]
+
+
+def test_below_is_everything_a_node_depends_on() -> None:
+    assert set(below(graph(*THREE, node("other", "file")), "mid")) == {"mid", "mid-f", "base", "base-f"}
+    assert below(graph(*THREE), "gone") == {}
+
+
+def test_users_of_a_node_are_all_disks_above_it() -> None:
+    disks = [Disk("a", "a", "/machine/peripheral/a", "top"), Disk("b", "b", "/machine/peripheral/b", "other")]
+    nodes = graph(*THREE, node("other", "qcow2", backing="base"))
+    assert users_of("base", [*disks, Disk("top", "", "", "top")], nodes) == disks
+    assert users_of("mid", disks, nodes) == disks[:1]
 
 
 def test_an_export_counts_from_its_own_node() -> None:
@@ -146,8 +164,8 @@ def test_build_graph_joins_nodes_and_edges() -> None:
     assert built == build_graph([info("top"), info("base")], reply())
 
 
-def block(qdev: str | None, node_name: str | None, device: str = "") -> BlockInfo:
-    return BlockInfo(device=device, qdev=qdev, inserted=info(node_name) if node_name else None)
+def block(qdev: str | None, node_name: str | None) -> BlockInfo:
+    return BlockInfo(qdev=qdev, inserted=info(node_name) if node_name else None)
 
 
 def test_disks_are_devices_and_never_drives_without_one() -> None:
@@ -158,7 +176,7 @@ def test_disks_are_devices_and_never_drives_without_one() -> None:
             block("/machine/peripheral-anon/device[3]/virtio-backend", "anon"),
             block("sd0", "sd"),
             block("cd0", None),
-            block(None, "free", device="d2"),
+            block(None, "free"),
         ],
         free,
     )
@@ -168,6 +186,18 @@ def test_disks_are_devices_and_never_drives_without_one() -> None:
         Disk("sd0", "sd0", "/machine/peripheral/sd0", "sd"),
         Disk("free", "", "", "free"),
     ]
+
+
+def test_the_id_of_a_usb_disk_is_that_of_its_device() -> None:
+    disks = list_disks([block("/machine/peripheral/us/us.0/legacy[0]", "n")], graph(node("n", "file")))
+    assert disks == [Disk("us", "us", "/machine/peripheral/us", "n")]
+
+
+def test_a_drive_without_a_medium_is_said_to_be_empty() -> None:
+    empty = empty_drives([block("cd0", None), block("sd0", "n"), block(None, None)])
+    assert empty == ["cd0"]
+    with pytest.raises(NoSuchDiskError, match="'cd0' has no medium"):
+        find_disk("cd0", [], graph(), where="qmp", empty=empty)
 
 
 def test_find_disk_prefers_the_device_over_a_node_of_the_same_name() -> None:

@@ -235,11 +235,14 @@ def test_tcp_and_the_peer(folder: Path) -> None:
         port = free.getsockname()[1]
     with qemu("-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off", cwd=folder) as server:
 
-        async def peer(monitor: Monitor) -> tuple[int | None, str | None]:
-            return monitor.peer_pid, monitor.working_directory()
+        async def peer(monitor: Monitor) -> tuple[bool, int | None, str | None]:
+            if monitor.peer is None:
+                return monitor.is_local, None, None
+            return monitor.is_local, monitor.peer.pid, monitor.peer.working_directory()
 
-        assert connect(f"127.0.0.1:{port}", use=peer) == (None, None)
-        assert connect(server.qmp, use=peer) == (server.pid, str(folder))
+        assert connect(f"127.0.0.1:{port}", use=peer) == (True, None, None)
+        assert connect(f"localhost:{port}", use=peer) == (True, None, None)
+        assert connect(server.qmp, use=peer) == (True, server.pid, str(folder))
 
 
 def test_finish_ends_the_work_before_it_is_cancelled() -> None:

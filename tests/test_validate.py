@@ -6,7 +6,6 @@ import contextlib
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from qmpnbd.report.model import DiskReport
 from qmpnbd.validate.run import Options, validate
 from tests.chains import ChainRecipe, build, recipes
 from tests.servers import Server, blockdev, qemu, qemu_img, qemu_io, storage_daemon, tool
+from tests.writers import writing
 
 pytestmark = pytest.mark.real
 
@@ -228,42 +228,6 @@ def test_another_size_in_the_file_is_a_discrepancy(empty_daemon: Server, copies:
             file.write((8 << 20).to_bytes(8, "big"))
         report = judged(empty_daemon, "top")
     assert (report.verdict, report.size, report.computed_size) == ("discrepancy", 16 << 20, 8 << 20)
-
-
-@contextlib.contextmanager
-def writing(server: Server, socket_path: Path, size: int) -> Iterator[None]:
-    """A guest that writes, discards and zeroes all the time: qemu-io on a writable export of the node."""
-    server.side("nbd-server-start", addr={"type": "unix", "data": {"path": str(socket_path)}})
-    server.side("block-export-add", type="nbd", id="guest", node_name="top", name="guest", writable=True)
-    stop = threading.Event()
-    uri = f"nbd+unix:///guest?socket={socket_path}"
-    child = subprocess.Popen(
-        [tool("qemu-io"), "-t", "writeback", "-f", "raw", "-d", "unmap", uri],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-    )
-    assert child.stdin is not None
-    pipe = child.stdin
-
-    def work() -> None:
-        state = 1
-        while not stop.is_set():
-            state = state * 6364136223846793005 % 2**64 + 1442695040888963407
-            offset = (state >> 20) % (size // 65536) * 65536
-            command = ("write -q", "write -q -z -u", "discard -q", "write -q")[(state >> 60) % 4]
-            pipe.write(f"{command} {offset} 64k\n".encode())
-            pipe.flush()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        child.communicate(b"quit\n", timeout=30)
-        assert child.returncode == 0
-        server.side("nbd-server-stop")
 
 
 def test_a_disk_that_is_written_all_the_time_is_never_accused(copies: Path) -> None:

@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -42,12 +43,16 @@ def main(arguments: Sequence[str]) -> int:
     except StoppedBySignal as stopped:
         output.complain(stopped)
         return stopped.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
         # Python would complain once more while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        output.tell("this is a fault of qmpnbd: please report it with the lines above")
+        return QmpnbdError.exit_code
     return code
 
 

@@ -17,6 +17,13 @@ def seconds(text: str) -> float:
     return value
 
 
+def at_least_two(text: str) -> int:
+    """Reads a whole number of 2 or more."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 2 or more")
+    return int(text)
+
+
 def add_timeout(parser: argparse.ArgumentParser, default: float) -> None:
     """Adds ``--timeout``."""
     parser.add_argument(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qmpnbd.cli import options, output
 from qmpnbd.cli.exit_codes import AGREED, DISCREPANCY, INCOMPLETE
+from qmpnbd.errors import LeftBehindError
 
 if TYPE_CHECKING:
     from qmpnbd.report.model import ValidationReport
@@ -32,10 +33,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     options.add_timeout(parser, _SECONDS)
     parser.add_argument(
         "--rounds",
-        type=int,
+        type=options.at_least_two,
         default=_ROUNDS,
         metavar="N",
-        help=f"read a disk that is being written at most N times (default: {_ROUNDS})",
+        help=f"read a disk that is being written at most N times, 2 or more (default: {_ROUNDS})",
     )
     parser.add_argument(
         "--nbd",
@@ -72,11 +73,18 @@ def run(arguments: argparse.Namespace) -> int:
     )
     report = signals.run(validate_disks(arguments.qmp, arguments.disks, choice))
     output.write([document_json(report) if arguments.json else validation_text(report)])
+    output.tell(*report.left_behind)
     return exit_code(report)
 
 
 def exit_code(report: ValidationReport) -> int:
-    """Returns the exit code of a report; a disk that could not be validated gives its error's."""
+    """Returns the exit code of a report.
+
+    In this order: a discrepancy, a disk that could not be validated (its error's), something left behind, a disk that
+    could not be judged in full.
+    """
     if report.verdict == "error":
         return next(disk.error.exit_code for disk in report.disks if disk.error is not None)
+    if report.verdict != "discrepancy" and report.left_behind:
+        return LeftBehindError.exit_code
     return {"agreed": AGREED, "discrepancy": DISCREPANCY, "incomplete": INCOMPLETE}[report.verdict]

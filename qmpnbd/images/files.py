@@ -72,6 +72,11 @@ class Chain:
         """Bytes of the disk: those of the active layer."""
         return self.layers[0].size
 
+    @property
+    def identities(self) -> tuple[Identity, ...]:
+        """What the file of each layer is to the kernel, whatever its name leads to now."""
+        return tuple(member.file.identity for member in self._members)
+
     def allocated(self, index: int) -> ExtentMap:
         """Reads which bytes of a layer are allocated in it: 1, or 0; over the layer's own size.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from qmpnbd.errors import UsageError
@@ -59,7 +60,7 @@ def parse_address(text: str) -> MonitorAddress:
     path = text.removeprefix("unix:")
     if not path:
         raise UsageError("an empty monitor address", where="--qmp", remedy="Give the path of QEMU's QMP socket.")
-    if len(path.encode()) > MAX_UNIX_PATH:
+    if len(os.fsencode(path)) > MAX_UNIX_PATH:
         raise UsageError(
             f"the socket path is longer than {MAX_UNIX_PATH} bytes", where=path, remedy="Use a shorter or relative one."
         )

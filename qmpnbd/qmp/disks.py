@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qmpnbd.errors import NoSuchDiskError
-from qmpnbd.qmp.graph import BlockGraph
+from qmpnbd.qmp.graph import BlockGraph, below
 from qmpnbd.qmp.models import BlockInfo
 
 _VIRTIO_BACKEND = "/virtio-backend"
@@ -57,15 +57,31 @@ def list_disks(blocks: Iterable[BlockInfo], graph: BlockGraph) -> list[Disk]:
     return disks + free
 
 
+def empty_drives(blocks: Iterable[BlockInfo]) -> list[str]:
+    """Returns the addresses of the guest's drives that have no medium."""
+    found = [_device_address(block.qdev) for block in blocks if block.qdev and block.inserted is None]
+    return [qdev or qom_path for qdev, qom_path in found]
+
+
 def _device_address(qdev: str) -> tuple[str, str]:
-    """Splits ``query-block``'s qdev into id and QOM path: virtio gives the path of its backend, scsi and ide the id."""
+    """Splits ``query-block``'s qdev into id and QOM path.
+
+    scsi, ide and nvme give the id; virtio the path of the device's backend, usb-storage that of a disk inside it.
+    """
     if not qdev.startswith("/"):
         return qdev, _PERIPHERAL + qdev
-    path = qdev.removesuffix(_VIRTIO_BACKEND)
-    return (path.removeprefix(_PERIPHERAL) if path.startswith(_PERIPHERAL) else ""), path
+    if not qdev.startswith(_PERIPHERAL):
+        return "", qdev.removesuffix(_VIRTIO_BACKEND)
+    name = qdev.removeprefix(_PERIPHERAL).partition("/")[0]
+    return name, _PERIPHERAL + name
 
 
-def find_disk(wanted: str, disks: Sequence[Disk], graph: BlockGraph, *, where: str) -> Disk:
+def users_of(node_name: str, disks: Iterable[Disk], graph: BlockGraph) -> list[Disk]:
+    """Returns the guest's disks that stand on a node, directly or through others."""
+    return [disk for disk in disks if disk.attached and node_name in below(graph, disk.node_name)]
+
+
+def find_disk(wanted: str, disks: Sequence[Disk], graph: BlockGraph, *, where: str, empty: Sequence[str] = ()) -> Disk:
     """Returns the disk that `wanted` means: by qdev id, then QOM path, then node-name.
 
     A node-name also finds a node inside a chain: its export then counts from that node.
@@ -85,6 +101,8 @@ def find_disk(wanted: str, disks: Sequence[Disk], graph: BlockGraph, *, where: s
             raise NoSuchDiskError(f"{wanted!r} means several disks: {names}", where=where, remedy="Use a QOM path.")
     if wanted in graph.nodes:
         return Disk(wanted, "", "", wanted)
+    if wanted in empty:
+        raise NoSuchDiskError(f"the drive {wanted!r} has no medium", where=where, remedy="There is nothing to export.")
     attached = ", ".join(disk.name for disk in disks if disk.attached)
     free = ", ".join(disk.name for disk in disks if not disk.attached)
     known = f"Disks: {attached or 'none'}" + (f"; nodes without a device: {free}." if free else ".")

@@ -88,6 +88,7 @@ class Link:
         allocation_depth: NBD's number for data that this layer holds.
         offset: first byte of the file that the disk shows; not 0 for a raw window only.
         size: bytes of a raw window; None where the file decides.
+        writable: whether something may write to it inside QEMU, be it the guest or a job.
     """
 
     node_name: str
@@ -96,6 +97,7 @@ class Link:
     allocation_depth: int
     offset: int = 0
     size: int | None = None
+    writable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,19 @@ def build_graph(infos: Iterable[BlockDeviceInfo], reply: GraphReply) -> BlockGra
     return BlockGraph(nodes, tuple(name for name in nodes if name not in used), backends)
 
 
+def below(graph: BlockGraph, node_name: str) -> dict[str, Node]:
+    """Returns a node and all nodes that it stands on, by name: what an export of it depends on."""
+    found: dict[str, Node] = {}
+    waiting = [node_name]
+    while waiting:
+        name = waiting.pop()
+        node = graph.nodes.get(name)
+        if node is not None and name not in found:
+            found[name] = node
+            waiting += node.children.values()
+    return found
+
+
 def chain_of(graph: BlockGraph, node_name: str) -> tuple[Link, ...]:
     """Returns the layers that an export of `node_name` counts, top first.
 
@@ -181,7 +196,7 @@ def _node(graph: BlockGraph, name: str) -> Node:
 
 def _link(graph: BlockGraph, node: Node, number: int) -> Link:
     if node.driver in LOCAL_FILE_DRIVERS:
-        return Link(node.name, "raw", _file_name(node), number)
+        return Link(node.name, "raw", _file_name(node), number, writable=not node.read_only)
     _refuse_storage_without_files(node)
     if node.driver not in ("qcow2", "raw"):
         raise ImageUnsupportedError(
@@ -193,9 +208,9 @@ def _link(graph: BlockGraph, node: Node, number: int) -> Link:
         raise ImageUnsupportedError("external data files are not read yet", where=f"node {node.name} ({node.filename})")
     protocol = _protocol_below(graph, node)
     if node.driver == "qcow2":
-        return Link(node.name, "qcow2", _file_name(protocol), number)
+        return Link(node.name, "qcow2", _file_name(protocol), number, writable=not node.read_only)
     offset, size = _raw_window(node)
-    return Link(node.name, "raw", _file_name(protocol), number, offset, size)
+    return Link(node.name, "raw", _file_name(protocol), number, offset, size, not node.read_only)
 
 
 def _protocol_below(graph: BlockGraph, node: Node) -> Node:

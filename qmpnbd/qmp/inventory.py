@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import CommandFailedError, MonitorError, UnsafeOperationError
-from qmpnbd.qmp.disks import Disk, list_disks
+from qmpnbd.errors import CommandFailedError, InterferenceError, UnsafeOperationError
+from qmpnbd.qmp.disks import Disk, empty_drives, list_disks, users_of
 from qmpnbd.qmp.graph import BlockGraph, build_graph
-from qmpnbd.qmp.models import BlockDeviceInfo, BlockExportInfo, BlockInfo, GraphReply, StatusInfo, parse_reply
+from qmpnbd.qmp.models import (
+    BlockDeviceInfo,
+    BlockExportInfo,
+    BlockInfo,
+    GraphReply,
+    MigrationInfo,
+    StatusInfo,
+    parse_reply,
+)
 from qmpnbd.qmp.monitor import Monitor
 
 STORAGE_DAEMON = "storage daemon"
@@ -16,6 +24,10 @@ STORAGE_DAEMON = "storage daemon"
 
 _EXPORTABLE = frozenset(
     {"running", "paused", "prelaunch", "suspended", "watchdog", "guest-panicked", "io-error", "shutdown", "debug"}
+)
+_MIGRATING = frozenset(
+    {"setup", "active", "pre-switchover", "device", "postcopy-active", "postcopy-paused", "postcopy-recover", "colo"}
+    | {"postcopy-recover-setup", "postcopy-device", "wait-unplug", "cancelling"}
 )
 _MAX_READS = 5
 
@@ -27,10 +39,12 @@ class Inventory:
     Attributes:
         graph: all nodes and edges.
         disks: the guest's disks, then nodes without a device.
+        empty: addresses of the guest's drives that have no medium.
     """
 
     graph: BlockGraph
     disks: tuple[Disk, ...]
+    empty: tuple[str, ...] = ()
 
 
 async def read_graph(monitor: Monitor, deadline: Deadline) -> BlockGraph:
@@ -39,24 +53,31 @@ async def read_graph(monitor: Monitor, deadline: Deadline) -> BlockGraph:
     Two commands tell them, so they are asked until nothing changed in between.
 
     Raises:
-        MonitorError: QEMU refused, or the graph never stood still.
+        InterferenceError: the graph never stood still.
+        MonitorError: QEMU refused.
         DeadlineError: no reply in time.
     """
     command = "x-debug-query-block-graph"
-    nodes = await _nodes(monitor, deadline)
+    nodes = await read_nodes(monitor, deadline)
     for _ in range(_MAX_READS):
         reply = await monitor.execute(command, deadline=deadline)
         edges = parse_reply(GraphReply, reply, command=command, where=monitor.where)
         graph = build_graph(nodes, edges)
-        nodes = await _nodes(monitor, deadline)
+        nodes = await read_nodes(monitor, deadline)
         if graph == build_graph(nodes, edges):
             return graph
-    raise MonitorError(
+    raise InterferenceError(
         "the block graph changes all the time", where=monitor.where, remedy="Wait for the running block jobs."
     )
 
 
-async def _nodes(monitor: Monitor, deadline: Deadline) -> list[BlockDeviceInfo]:
+async def read_nodes(monitor: Monitor, deadline: Deadline) -> list[BlockDeviceInfo]:
+    """Reads all nodes that have a name.
+
+    Raises:
+        MonitorError: QEMU refused.
+        DeadlineError: no reply in time.
+    """
     command = "query-named-block-nodes"
     # Without flat, each node repeats all images below it: quadratic, and more than qemu.qmp's buffer holds.
     reply = await monitor.execute(command, {"flat": True}, deadline=deadline)
@@ -73,7 +94,7 @@ async def read_inventory(monitor: Monitor, deadline: Deadline) -> Inventory:
     graph = await read_graph(monitor, deadline)
     reply = await monitor.execute("query-block", deadline=deadline)
     blocks = parse_reply(list[BlockInfo], reply, command="query-block", where=monitor.where)
-    return Inventory(graph, tuple(list_disks(blocks, graph)))
+    return Inventory(graph, tuple(list_disks(blocks, graph)), tuple(empty_drives(blocks)))
 
 
 async def read_exports(monitor: Monitor, deadline: Deadline) -> list[BlockExportInfo]:
@@ -103,45 +124,65 @@ async def guest_status(monitor: Monitor, deadline: Deadline) -> str:
     return parse_reply(StatusInfo, reply, command="query-status", where=monitor.where).status
 
 
-def require_exportable(status: str, where: str) -> None:
-    """Refuses to export disks of a guest that is migrating: an export would activate images that another host owns.
+async def require_safe_moment(monitor: Monitor, deadline: Deadline) -> str:
+    """Refuses to touch disks while a migration may hand them over: an export would activate what is another host's.
+
+    Returns:
+        The guest's status; see `guest_status`.
 
     Raises:
-        UnsafeOperationError: the guest's status is not one in which its disks are this QEMU's own.
-    """
-    if status != STORAGE_DAEMON and status not in _EXPORTABLE:
-        raise UnsafeOperationError(
-            f"the guest's status is {status}: its disks may belong to another QEMU",
-            where=where,
-            remedy="Wait until the migration has ended.",
-        )
-
-
-async def require_no_iothread_bug(monitor: Monitor, disk: Disk, deadline: Deadline) -> None:
-    """Refuses disks in an iothread on QEMU 7.x and 8.x, which abort when an NBD client disconnects from one.
-
-    Measured on 7.2.22 (assertion in ``nbd_blockdev_client_closed``, 9 of 9 disconnects killed the guest); 5.2 and
-    10.0 survive. Teardown here closes the export first, which 7.2.22 survives too, but a killed client would not.
-
-    Raises:
-        UnsafeOperationError: this is such a disk.
+        UnsafeOperationError: a migration is under way, or the disks are not this QEMU's own.
         MonitorError: QEMU refused to tell.
         DeadlineError: no reply in time.
     """
-    if monitor.version.qemu.major not in (7, 8) or not disk.attached:
-        return
-    iothread = await _property(monitor, disk.qom_path, "iothread", deadline)
-    if iothread is None:  # the device has none of its own: scsi disks run where their controller does
-        bus = await _property(monitor, disk.qom_path, "parent_bus", deadline) or ""
-        controller = bus.removesuffix("/" + bus.rpartition("/")[2]).removesuffix("/virtio-backend")
-        iothread = await _property(monitor, controller, "iothread", deadline) if controller else None
-    if iothread:
+    status = await guest_status(monitor, deadline)
+    if status == STORAGE_DAEMON:
+        return status
+    reply = await monitor.execute("query-migrate", deadline=deadline)
+    migration = parse_reply(MigrationInfo, reply, command="query-migrate", where=monitor.where).status
+    if status not in _EXPORTABLE or migration in _MIGRATING:
+        state = f"status {status}" + (f", migration {migration}" if migration else "")
         raise UnsafeOperationError(
-            f"the disk runs in the iothread {iothread}, and QEMU {monitor.version.qemu.major}.x aborts when an NBD "
-            "client of such a disk is lost",
-            where=f"disk {disk.name}",
-            remedy="Update QEMU to 9.1 or later, or accept the risk with --allow-iothread.",
+            f"the guest is migrating or has migrated ({state}): its disks may be another QEMU's",
+            where=monitor.where,
+            remedy="Wait until the migration has ended, and ask the QEMU that has the guest then.",
         )
+    return status
+
+
+async def require_no_iothread_bug(monitor: Monitor, node_name: str, inventory: Inventory, deadline: Deadline) -> None:
+    """Refuses nodes in an iothread on QEMU 7.x and 8.x, which abort when an NBD client of such a node disconnects.
+
+    Measured on 7.2.22 (assertion in ``nbd_blockdev_client_closed``, every disconnect killed the guest); 5.2 and 10.0
+    survive. Taking down closes the export first, which 7.2.22 survives too, but a killed client would not. A node runs
+    where the disks run that stand on it, so all of those are looked at.
+
+    Raises:
+        UnsafeOperationError: this is such a node.
+        MonitorError: QEMU refused to tell.
+        DeadlineError: no reply in time.
+    """
+    if monitor.version.qemu.major not in (7, 8):
+        return
+    for disk in users_of(node_name, inventory.disks, inventory.graph):
+        iothread = await _iothread_of(monitor, disk, deadline)
+        if iothread:
+            raise UnsafeOperationError(
+                f"the disk runs in the iothread {iothread}, and QEMU {monitor.version.qemu.major}.x aborts when an NBD "
+                "client of such a disk is lost",
+                where=f"disk {disk.name}",
+                remedy="Update QEMU to 9.0 or later, or accept the risk with --allow-iothread.",
+            )
+
+
+async def _iothread_of(monitor: Monitor, disk: Disk, deadline: Deadline) -> str | None:
+    iothread = await _property(monitor, disk.qom_path, "iothread", deadline)
+    if iothread is not None:
+        return iothread
+    # The device has none of its own: scsi disks run where their controller does.
+    bus = await _property(monitor, disk.qom_path, "parent_bus", deadline) or ""
+    controller = bus.removesuffix("/" + bus.rpartition("/")[2]).removesuffix("/virtio-backend")
+    return await _property(monitor, controller, "iothread", deadline) if controller else None
 
 
 async def _property(monitor: Monitor, path: str, name: str, deadline: Deadline) -> str | None:

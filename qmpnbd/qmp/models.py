@@ -41,24 +41,28 @@ class VersionInfo(QmpModel):
 
 
 class StatusInfo(QmpModel):
-    """Reply of ``query-status``: whether the guest runs."""
+    """Reply of ``query-status``: the state of the guest."""
 
-    running: bool
     status: str
 
 
-class CommandInfo(QmpModel):
-    """Member of the reply of ``query-commands``."""
+class MigrationInfo(QmpModel):
+    """Reply of ``query-migrate``; no status if there never was a migration."""
 
-    name: str
+    status: str | None = None
 
 
 class ImageInfo(QmpModel):
     """What a node says about its image; of `filename` only a protocol node's is a plain file name."""
 
     filename: str
-    format: str
     virtual_size: int
+
+
+class BlockDirtyInfo(QmpModel):
+    """A dirty bitmap of a node; job-internal ones have no name."""
+
+    name: str | None = None
 
 
 class BlockDeviceInfo(QmpModel):
@@ -68,12 +72,12 @@ class BlockDeviceInfo(QmpModel):
     drv: str
     ro: bool
     image: ImageInfo
+    dirty_bitmaps: list[BlockDirtyInfo] = Field(default_factory=list)
 
 
 class BlockInfo(QmpModel):
     """Member of the reply of ``query-block``: a drive, with the device it is attached to."""
 
-    device: str = ""
     qdev: str | None = None
     inserted: BlockDeviceInfo | None = None
 
@@ -107,7 +111,6 @@ class BlockExportInfo(QmpModel):
     id: str
     type: str
     node_name: str
-    shutting_down: bool = Field(default=False)
 
 
 def parse_reply(kind: type[T], reply: object, *, command: str, where: str) -> T:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
-import struct
-from collections.abc import Awaitable, Coroutine, Iterator, Mapping
-from pathlib import Path
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -32,8 +33,9 @@ from qmpnbd.errors import (
     MonitorSilentError,
     NotAMonitorError,
 )
-from qmpnbd.qmp.address import MonitorAddress, TcpAddress, parse_address
+from qmpnbd.qmp.address import MonitorAddress, TcpAddress, UnixAddress, parse_address
 from qmpnbd.qmp.models import VersionInfo, parse_reply
+from qmpnbd.qmp.process import peer_of
 
 T = TypeVar("T")
 
@@ -71,14 +73,16 @@ class Monitor:
     Attributes:
         where: the address, for messages.
         version: QEMU's version.
-        peer_pid: process id of QEMU if it is on this host and the kernel tells it, else None.
+        peer: QEMU's process if it is on this host and the kernel tells it, else None.
+        is_local: whether QEMU is on this host for certain.
     """
 
     def __init__(self, client: QMPClient, sock: socket.socket, where: str) -> None:
         self._client = client
         self._socket = sock
         self.where = where
-        self.peer_pid = _peer_pid(sock)
+        self.peer = peer_of(sock)
+        self.is_local = sock.family == socket.AF_UNIX or _is_loopback(sock)
         self._version: VersionInfo | None = None
 
     @classmethod
@@ -195,13 +199,9 @@ class Monitor:
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
 
-    def working_directory(self) -> str | None:
-        """Returns QEMU's working directory, to which relative image names refer, or None if it cannot be known."""
-        if self.peer_pid is None:
-            return None
-        with contextlib.suppress(OSError):
-            return str(Path(f"/proc/{self.peer_pid}/cwd").readlink())
-        return None
+    def is_gone(self) -> bool:
+        """Returns whether QEMU's process has ended for certain, and with it everything inside."""
+        return self.peer is not None and self.peer.has_ended()
 
     async def close(self) -> None:
         """Ends the connection; never raises, and takes at most a few seconds even if QEMU does not read."""
@@ -239,29 +239,69 @@ async def _drop(*futures: asyncio.Future[Any]) -> None:
 
 
 async def _connect(target: MonitorAddress, deadline: Deadline, where: str) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    sock: socket.socket | None = None
     try:
         async with asyncio.timeout(deadline.remaining("the connection to the monitor", where)):
-            if isinstance(target, TcpAddress):
-                infos = await loop.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-                family, kind, protocol, _, endpoint = infos[0]
-                sock = socket.socket(family, kind, protocol)
-                sock.setblocking(False)
-                await loop.sock_connect(sock, endpoint)
-            else:
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                sock.setblocking(False)
-                await _connect_unix(sock, target.path)
-    except BaseException as error:
-        if sock is not None:
-            sock.close()
-        if isinstance(error, TimeoutError):
+            if isinstance(target, UnixAddress):
+                return await _opened(socket.AF_UNIX, partial(_connect_unix, path=target.path))
+            failure = OSError("the host has no address")
+            for family, endpoint in await _addresses(target):
+                try:
+                    return await _opened(family, partial(_connect_tcp, endpoint=endpoint))
+                except OSError as error:
+                    failure = error
+            raise failure
+    except TimeoutError:
+        if isinstance(target, UnixAddress):
             raise _silent(where, deadline.seconds) from None
-        if isinstance(error, OSError):
-            raise _connect_error(error, where) from error
+        raise MonitorConnectError(
+            f"no connection within {deadline.seconds:g} s", where=where, remedy="See whether the host can be reached."
+        ) from None
+    except OSError as error:
+        raise _connect_error(error, where) from error
+
+
+async def _addresses(target: TcpAddress) -> list[tuple[socket.AddressFamily, Any]]:
+    """Finds the addresses of a host in a thread that nobody waits for at the end: a resolver knows no deadline."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[list[tuple[socket.AddressFamily, Any]]] = loop.create_future()
+
+    def tell(outcome: list[tuple[socket.AddressFamily, Any]] | OSError) -> None:
+        if found.done():
+            return
+        if isinstance(outcome, OSError):
+            found.set_exception(outcome)
+        else:
+            found.set_result(outcome)
+
+    def resolve() -> None:
+        outcome: list[tuple[socket.AddressFamily, Any]] | OSError
+        try:
+            answers = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+            outcome = [(family, endpoint) for family, _, _, _, endpoint in answers]
+        except OSError as error:
+            outcome = error
+        except UnicodeError as error:
+            outcome = OSError(str(error))
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(tell, outcome)
+
+    threading.Thread(target=resolve, daemon=True, name="qmpnbd-resolve").start()
+    return await found
+
+
+async def _opened(family: socket.AddressFamily, connect: Callable[[socket.socket], Awaitable[None]]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        await connect(sock)
+    except BaseException:
+        sock.close()
         raise
     return sock
+
+
+async def _connect_tcp(sock: socket.socket, endpoint: Any) -> None:
+    await asyncio.get_running_loop().sock_connect(sock, endpoint)
 
 
 async def _connect_unix(sock: socket.socket, path: str) -> None:
@@ -318,9 +358,5 @@ def _silent(where: str, seconds: float | None) -> MonitorSilentError:
     )
 
 
-def _peer_pid(sock: socket.socket) -> int | None:
-    if sock.family != socket.AF_UNIX:
-        return None
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid: int = struct.unpack("3i", credentials)[0]
-    return pid or None  # 0: QEMU runs in a process namespace that cannot be seen from here
+def _is_loopback(sock: socket.socket) -> bool:
+    return ipaddress.ip_address(sock.getpeername()[0].partition("%")[0]).is_loopback

@@ -4,7 +4,7 @@ QEMU keeps exports and its NBD server when the one who made them is killed. So e
 
     qmpnbd-3f9a01c7-x0
     ------ -------- --
-    prefix   run    role and number (x: export)
+    prefix   run    role and number (x: export, b: bitmap)
 
 The run is also the name of its private directory, whose lock tells whether the run still lives
 (`qmpnbd.qmp.rundir`). A later run needs no other record to recognise leftovers.
@@ -27,6 +27,11 @@ def new_run() -> str:
 def export_id(run: str, number: int) -> str:
     """Returns the id of a run's block export; NBD clients see it as the export name too."""
     return f"{PREFIX}-{run}-x{number}"
+
+
+def bitmap_name(run: str, number: int) -> str:
+    """Returns the name of a run's dirty bitmap."""
+    return f"{PREFIX}-{run}-b{number}"
 
 
 def run_directory_name(run: str) -> str:

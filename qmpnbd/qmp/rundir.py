@@ -2,9 +2,12 @@
 
 ::
 
-    BASE/qmpnbd-3f9a01c7/     0700, owned by us; the run id is also in every name made inside QEMU
+    BASE/qmpnbd-3f9a01c7/     0700; the run id is also in every name made inside QEMU
         lock                  locked (flock) by the run while it lives; a killed run's lock is free
         nbd.sock              made by QEMU, and removed by it when its NBD server stops
+
+A directory gets its name only when it is locked: under the name it is made with, nobody looks at it. So a directory
+with a free lock is a dead run's, and never that of a run that is just beginning.
 """
 
 from __future__ import annotations
@@ -13,11 +16,10 @@ import contextlib
 import fcntl
 import os
 import shutil
-import socket
 import stat
-import struct
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,10 +27,13 @@ from typing import Self
 from qmpnbd.errors import UsageError
 from qmpnbd.qmp.address import MAX_UNIX_PATH
 from qmpnbd.qmp.naming import new_run, run_directory_name, run_of
+from qmpnbd.qmp.process import Peer, listener_at
 
 _LOCK = "lock"
 _SOCKET = "nbd.sock"
+_UNNAMED = ".new"
 _PROBE_SECONDS = 2.0
+_UNNAMED_SECONDS = 60.0
 
 
 class RunDirectory:
@@ -45,11 +50,12 @@ class RunDirectory:
         self._lock = lock
 
     @classmethod
-    def create(cls, base: str | None = None) -> Self:
+    def create(cls, base: str | None = None, *, for_peer: Peer | None = None) -> Self:
         """Makes a fresh directory.
 
         Args:
             base: where; None for the folder for temporary files.
+            for_peer: the process that shall make the socket in it; as root we give the directory to its user.
 
         Raises:
             UsageError: `base` is no folder that can be written, or its name is too long for a socket.
@@ -62,16 +68,20 @@ class RunDirectory:
                 where=str(path.parent),
                 remedy="Choose a shorter one with --runtime-dir.",
             )
+        unnamed = path.with_name(path.name + _UNNAMED)
         try:
-            path.mkdir(mode=0o700)
-            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            unnamed.mkdir(mode=0o700)
+            lock = os.open(unnamed / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if for_peer is not None and os.geteuid() == 0 and (owner := for_peer.user()) is not None:
+                os.chown(unnamed, *owner)
+            unnamed.rename(path)
         except OSError as error:
             raise UsageError(
                 f"cannot make a private directory: {error.strerror}",
                 where=str(path.parent),
                 remedy="Choose another folder with --runtime-dir.",
             ) from error
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return cls(run, path, lock)
 
     @property
@@ -79,19 +89,13 @@ class RunDirectory:
         """Where the run's NBD server listens."""
         return self.path / _SOCKET
 
-    def listener_pid(self) -> int | None:
-        """Returns the process that listens on the socket (0 if the kernel does not tell), None if nobody does."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
-            probe.settimeout(_PROBE_SECONDS)
-            probe.connect(str(self.socket_path))
-            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            pid: int = struct.unpack("3i", credentials)[0]
-            return pid
-        return None
+    def listener(self) -> Peer | None:
+        """Returns the process that listens on the socket, None if nobody does; pid 0 if it cannot be told who."""
+        return listener_at(self.socket_path, _PROBE_SECONDS)
 
     def remove(self) -> None:
         """Removes the directory, unless its socket is still served, and gives up the lock."""
-        if self.listener_pid() is None:
+        if self.listener() is None:
             shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.close(self._lock)
@@ -105,24 +109,25 @@ class RunDirectory:
         self.remove()
 
 
-def dead_runs(base: str | None = None) -> Iterator[RunDirectory]:
+def dead_runs(base: str | None = None, *, for_peer: Peer | None = None) -> Iterator[RunDirectory]:
     """Yields the directories of runs that were killed, each locked while it is looked at.
 
-    Only directories that are ours (owner, mode, no links) are considered.
+    Only private directories are considered (mode, no links) that belong to us or, if we are root, to the user of
+    `for_peer`.
     """
+    owners = {os.geteuid()}
+    if os.geteuid() == 0 and for_peer is not None and (user := for_peer.user()) is not None:
+        owners.add(user[0])
     folder = Path(base or tempfile.gettempdir()).resolve()
     for path in sorted(folder.glob(run_directory_name("*"))):
+        if not _is_private(path, owners):
+            continue
+        if path.name.endswith(_UNNAMED):
+            _remove_unnamed(path)
+            continue
         run = run_of(path.name)
-        if run is None or not _is_private(path):
-            continue
-        try:
-            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)  # its run lives
+        lock = _take_lock(path) if run is not None and path.name == run_directory_name(run) else None
+        if run is None or lock is None:
             continue
         dead = RunDirectory(run, path, lock)
         try:
@@ -131,9 +136,32 @@ def dead_runs(base: str | None = None) -> Iterator[RunDirectory]:
             dead.remove()
 
 
-def _is_private(path: Path) -> bool:
+def _take_lock(path: Path) -> int | None:
+    """Locks a run's directory; None if its run lives or somebody else has just removed it."""
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_nlink:
+            return lock
+    except OSError:
+        pass
+    os.close(lock)
+    return None
+
+
+def _remove_unnamed(path: Path) -> None:
+    """Removes a directory that never got its name: its run was killed in its first millisecond."""
+    with contextlib.suppress(OSError):
+        if time.time() - path.lstat().st_mtime > _UNNAMED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_private(path: Path, owners: Collection[int]) -> bool:
     try:
         status = path.lstat()
     except OSError:
         return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700
+    return stat.S_ISDIR(status.st_mode) and status.st_uid in owners and stat.S_IMODE(status.st_mode) == 0o700

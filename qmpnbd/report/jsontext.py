@@ -16,8 +16,17 @@ from qmpnbd.report.rows import Block, constant, digits, extent_rows, joined
 
 
 def document_json(document: Document) -> str:
-    """Returns a document as indented JSON with a newline at its end."""
-    return document.model_dump_json(indent=2) + "\n"
+    """Returns a document as indented JSON with a newline at its end, in ASCII.
+
+    File names need not be valid UTF-8; as escaped surrogates they survive, which pydantic's own writer refuses.
+    """
+    return json.dumps(document.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _head(document: Document, without: str) -> str:
+    """Returns a document but for its last field and its closing brace."""
+    text = json.dumps(document.model_dump(mode="json", exclude={without}), indent=2)
+    return text.removesuffix("\n}")
 
 
 def chain_json(head: ChainDocument, extents: ExtentMap) -> Iterator[str | bytes]:
@@ -27,8 +36,7 @@ def chain_json(head: ChainDocument, extents: ExtentMap) -> Iterator[str | bytes]
         head: the document without its extents.
         extents: allocation depth.
     """
-    text = head.model_dump_json(indent=2, exclude={"extents"})
-    yield text.removesuffix("\n}")
+    yield _head(head, "extents")
     yield ',\n  "extents": ['
     yield from _extents(extents, "    ")
     yield "\n  ]\n}\n"
@@ -41,8 +49,7 @@ def map_json(head: MapDocument, maps: dict[str, ExtentMap]) -> Iterator[str | by
         head: the document without its maps.
         maps: context -> map.
     """
-    text = head.model_dump_json(indent=2, exclude={"maps"})
-    yield text.removesuffix("\n}")
+    yield _head(head, "maps")
     yield ',\n  "maps": ['
     separator = "\n"
     for context, extents in maps.items():

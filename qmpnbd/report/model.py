@@ -18,9 +18,9 @@ Verdict = Literal["agreed", "discrepancy", "incomplete", "error"]
 
 
 class Part(BaseModel):
-    """Base of everything in a document: frozen, and strict about what goes in."""
+    """Base of everything in a document: frozen, and tolerant of fields that a later release has added."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True, validate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", serialize_by_alias=True, validate_by_name=True)
 
 
 class ErrorEntry(Part):
@@ -145,6 +145,10 @@ class DiskReport(Part):
         discrepancy_bytes: bytes in all of them.
         set_aside: the first runs that could not be judged.
         set_aside_bytes: bytes in all of them.
+        unfinished: why not everything was judged: ``written`` (the guest wrote there in every round), ``graph`` (the
+            block graph or the size of the disk never stood still), or empty.
+        files_verified: whether the files read were seen to be those that QEMU has open; false where the kernel does
+            not tell, as for a monitor on TCP.
         seconds: time taken.
         error: what went wrong; null unless the verdict is ``error``.
     """
@@ -165,6 +169,8 @@ class DiskReport(Part):
     discrepancy_bytes: int = 0
     set_aside: tuple[RangeEntry, ...] = ()
     set_aside_bytes: int = 0
+    unfinished: Literal["", "written", "graph"] = ""
+    files_verified: bool = False
     seconds: float = 0.0
     error: ErrorEntry | None = None
 
@@ -189,6 +195,7 @@ class ValidationReport(Document):
         started: when the validation began (UTC, ISO 8601).
         verdict: the worst of the disks': discrepancy, then error, then incomplete, then agreed.
         disks: one report a disk.
+        left_behind: what could not be taken down in QEMU, in words.
     """
 
     schema_: Literal["qmpnbd.validate/1"] = Field(default="qmpnbd.validate/1", alias="schema")
@@ -198,6 +205,7 @@ class ValidationReport(Document):
     started: str
     verdict: Verdict
     disks: tuple[DiskReport, ...]
+    left_behind: tuple[str, ...] = ()
 
 
 class DiskEntry(Part):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 
+from qmpnbd.printable import printable as shown
 from qmpnbd.report.contexts import describe
 from qmpnbd.report.model import (
     DiscrepancyEntry,
@@ -51,7 +52,7 @@ def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[
 
 def validation_text(report: ValidationReport) -> str:
     """Returns a validation report."""
-    lines = [f"QEMU {report.qemu}, {_guest(report.guest)}, monitor {report.monitor}"]
+    lines = [f"QEMU {report.qemu}, {_guest(report.guest)}, monitor {shown(report.monitor)}"]
     for disk in report.disks:
         lines += ["", *_disk(disk)]
     return "\n".join(lines) + "\n"
@@ -64,7 +65,7 @@ def _guest(status: str) -> str:
 def _disk(disk: DiskReport) -> Iterator[str]:
     yield f"disk {disk.name} (node {disk.node_name}): {_HEADLINES[disk.verdict]}"
     if disk.error is not None:
-        yield f"  {disk.error.where}: {disk.error.what}. {disk.error.remedy}".rstrip()
+        yield "  " + shown(f"{disk.error.where}: {disk.error.what}. {disk.error.remedy}".rstrip())
         return
     again = f", read {disk.rounds} times" if disk.rounds > 1 else ""
     yield f"  {human_size(disk.size)} in {disk.extents:,} extents{again}, {disk.seconds:.2f} s"
@@ -75,7 +76,11 @@ def _disk(disk: DiskReport) -> Iterator[str]:
     if disk.strip:
         yield f"  [{_strip(disk)}]"
     yield from _discrepancies(disk)
-    if disk.set_aside_bytes:
+    if not disk.files_verified:
+        yield "  (whether these files are the ones that QEMU has open cannot be told from here)"
+    if disk.unfinished == "graph":
+        yield f"  not judged, the block graph changed all the time: {disk.set_aside_bytes} bytes"
+    elif disk.set_aside_bytes:
         yield f"  set aside, the guest wrote there all the time: {disk.set_aside_bytes} bytes"
         yield from (f"    [{run.offset}, {run.end})" for run in disk.set_aside[:_SHOWN])
 
@@ -96,9 +101,10 @@ def _discrepancy(each: DiscrepancyEntry) -> Iterator[str]:
         f"    [{each.offset}, {each.end})  served depth {each.served} ({_meaning(each.served)}), "
         f"computed {each.computed} ({_meaning(each.computed)})"
     )
-    yield f"      decided by {each.file}" if each.file else "      no layer holds it"
+    if each.why:
+        yield f"      decided by {shown(each.file)}" if each.file else "      no layer holds it"
     for step in each.why:
-        yield f"      layer {step.layer_index} {PurePath(step.file).name}: {step.read}"
+        yield f"      layer {step.layer_index} {shown(PurePath(step.file).name)}: {step.read}"
 
 
 def _meaning(depth: int) -> str:
@@ -117,7 +123,7 @@ def layer_table(layers: Sequence[LayerEntry], totals: Mapping[int, int]) -> Iter
         clusters = "-" if layer.cluster_size is None else human_size(layer.cluster_size)
         kind = f"{layer.format}?" if layer.format_probed else layer.format
         seen = human_size(totals.get(layer.allocation_depth, 0))
-        rows.append((str(layer.allocation_depth), seen, kind, clusters, layer.file))
+        rows.append((str(layer.allocation_depth), seen, kind, clusters, shown(layer.file)))
     if totals.get(0):
         rows.append(("0", human_size(totals[0]), "-", "-", "(in no layer)"))
     yield from table(rows, right=(0, 1))
@@ -139,7 +145,7 @@ def depth_mark(depth: int) -> str:
 
 def disks_text(document: DisksDocument) -> str:
     """Returns the list of disks."""
-    lines = [f"QEMU {document.qemu}, {_guest(document.guest)}, monitor {document.monitor}"]
+    lines = [f"QEMU {document.qemu}, {_guest(document.guest)}, monitor {shown(document.monitor)}"]
     for disk in document.disks:
         kind = f"disk {disk.name}" if disk.attached else f"node {disk.name} (no device)"
         mode = "read-only" if disk.read_only else "writable"
@@ -147,10 +153,12 @@ def disks_text(document: DisksDocument) -> str:
         if disk.qom_path and disk.qom_path != disk.name:
             lines.append(f"  {disk.qom_path}")
         if disk.problem is not None:
-            lines.append(f"  {disk.problem.where}: {disk.problem.what}. {disk.problem.remedy}".rstrip())
+            lines.append("  " + shown(f"{disk.problem.where}: {disk.problem.what}. {disk.problem.remedy}".rstrip()))
         if disk.layers:
             rows = [("depth", "format", "node", "file")]
-            rows += [(str(layer.allocation_depth), layer.format, layer.node_name, layer.file) for layer in disk.layers]
+            rows += [
+                (str(layer.allocation_depth), layer.format, layer.node_name, shown(layer.file)) for layer in disk.layers
+            ]
             lines += [f"  {line}" for line in table(rows, right=(0,))]
     if not document.disks:
         lines += ["", "no disks"]

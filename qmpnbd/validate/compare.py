@@ -2,13 +2,14 @@
 
 The two maps cannot be read at one instant, so a difference may be the guest's doing. Each round reads::
 
-    served before  ->  flush  ->  files (computed)  ->  served after
-                                      |
-    a byte agrees if computed equals the served value before or after: QEMU and the files said the same
-    within the round. One that differs from both is open. It is a suspect if the served value stood still.
+    [watch on]  ->  served before  ->  flush  ->  files (computed)  ->  served after  ->  [watch off: touched]
 
-A suspect that is one again in the next round is a discrepancy: QEMU twice said the same thing, and the files
-twice said another. What is open and no discrepancy after the last round is set aside, and told.
+    a byte agrees if computed equals the served value before or after: QEMU and the files said the same within the
+    round. A byte that differs from both, was served alike before and after, and was not touched all the while is a
+    discrepancy. Whatever else differs is open, and judged again in the next round.
+
+The watch (dirty bitmaps) costs a little, so the first round goes without it and finds no discrepancy. What is open
+after the last round is set aside, and told.
 """
 
 from __future__ import annotations
@@ -51,7 +52,6 @@ class Comparison:
     def __init__(self, size: int) -> None:
         self.rounds = 0
         self._open = ExtentMap.uniform(size, 1)
-        self._suspects = ExtentMap.uniform(size, 0)
         self._found = ExtentMap.uniform(size, 0)
 
     @property
@@ -59,31 +59,39 @@ class Comparison:
         """Whether every byte has agreed or is a discrepancy: another round would tell nothing new."""
         return self.rounds > 0 and not self._open.values.any()
 
-    def add(self, before: ExtentMap, computed: ExtentMap, after: ExtentMap | None = None) -> None:
+    def add(
+        self,
+        before: ExtentMap,
+        computed: ExtentMap,
+        after: ExtentMap | None = None,
+        touched: ExtentMap | None = None,
+    ) -> None:
         """Judges a round.
 
         Args:
             before: the map served before the files were read.
             computed: the map computed from the files.
             after: the map served after that; needed only if `before` and `computed` differ.
+            touched: not 0 for every byte that was written during the round; None if nobody watched.
 
         Raises:
             ValueError: the maps differ in size, or `after` is needed and missing.
         """
         self.rounds += 1
         if before == computed:
-            self._open = self._suspects = ExtentMap.uniform(before.size, 0)
+            self._open = ExtentMap.uniform(before.size, 0)
             return
         if after is None:
             raise ValueError("the maps differ, so the map served after the files were read is needed")
         differs = before.combine(computed, np.not_equal).combine(after.combine(computed, np.not_equal), np.logical_and)
         bad = self._open.combine(differs, np.logical_and)
-        suspects = bad.combine(before.combine(after, np.equal), np.logical_and)
-        confirmed = suspects.combine(self._suspects, np.logical_and)
-        pairs = before.combine(computed, _pair)
-        self._found = self._found.overlay(pairs.combine(confirmed, _where))
-        self._open = bad.combine(confirmed, lambda is_bad, is_found: is_bad & ~is_found & np.uint64(1))
-        self._suspects = suspects
+        if touched is None:
+            self._open = bad
+            return
+        at_rest = before.combine(after, np.equal).combine(touched, lambda same, dirty: (same != 0) & (dirty == 0))
+        found = bad.combine(at_rest, np.logical_and)
+        self._found = self._found.overlay(before.combine(computed, _pair).combine(found, _where))
+        self._open = bad.combine(found, lambda is_bad, is_found: (is_bad != 0) & (is_found == 0))
 
     def discrepancies(self) -> Iterator[Discrepancy]:
         """Yields every discrepancy, in order."""

@@ -39,12 +39,12 @@ def disk_report(
     reading, served = findings.reading, findings.served
     count, bytes_found = findings.discrepancy_totals()
     aside = findings.set_aside()
-    aside_bytes = 0 if findings.sizes_differ else aside.totals().get(1, 0)
+    aside_bytes = aside.totals().get(1, 0)
     return DiskReport(
         name=disk.name,
         qom_path=disk.qom_path,
         node_name=disk.node_name,
-        verdict=_verdict(findings, count, aside_bytes),
+        verdict=_verdict(findings, count),
         size=findings.size,
         computed_size=findings.size if reading is None else reading.depth.size,
         layers=() if reading is None else layer_entries(reading.layers),
@@ -58,10 +58,11 @@ def disk_report(
         discrepancy_count=count,
         discrepancy_bytes=bytes_found,
         set_aside=tuple(
-            RangeEntry(offset=run.offset, end=run.end)
-            for run in islice((run for run in aside if run.value and aside_bytes), listed)
+            RangeEntry(offset=run.offset, end=run.end) for run in islice((run for run in aside if run.value), listed)
         ),
         set_aside_bytes=aside_bytes,
+        unfinished=findings.unfinished,
+        files_verified=findings.verified and findings.rounds > 0,
         seconds=round(seconds, 3),
     )
 
@@ -83,18 +84,21 @@ def worst(reports: Iterable[DiskReport]) -> Verdict:
     return next((verdict for verdict in _ORDER if verdict in found), "agreed")
 
 
-def _verdict(findings: Findings, count: int, aside_bytes: int) -> Verdict:
+def _verdict(findings: Findings, count: int) -> Verdict:
     if findings.sizes_differ or count:
         return "discrepancy"
-    return "incomplete" if aside_bytes or findings.rounds == 0 else "agreed"
+    return "incomplete" if findings.unfinished else "agreed"
 
 
 def _entry(each: Explained) -> DiscrepancyEntry:
+    explanation = each.explanation
     return DiscrepancyEntry(
         offset=each.discrepancy.offset,
         end=each.discrepancy.end,
         served=each.discrepancy.served,
         computed=each.discrepancy.computed,
-        file=each.explanation.path,
-        why=tuple(StepEntry(layer_index=step.layer, file=step.path, read=step.text) for step in each.explanation.steps),
+        file=None if explanation is None else explanation.path,
+        why=()
+        if explanation is None
+        else tuple(StepEntry(layer_index=step.layer, file=step.path, read=step.text) for step in explanation.steps),
     )

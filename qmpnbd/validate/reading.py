@@ -9,6 +9,7 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.chain import Explanation, Layer, LayerSpec
 from qmpnbd.images.files import open_layers
+from qmpnbd.images.hostfile import Identity
 from qmpnbd.validate.compare import Discrepancy
 
 
@@ -20,19 +21,21 @@ class Reading:
         specs: which files were read, and how.
         layers: what they are, active layer first.
         depth: the allocation depth computed from them.
+        identities: what each file is to the kernel, however it is named (`qmpnbd.images.hostfile.Identity`).
     """
 
     specs: tuple[LayerSpec, ...]
     layers: tuple[Layer, ...]
     depth: ExtentMap
+    identities: tuple[Identity, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """A discrepancy, and what in the files led to the computed value."""
+    """A discrepancy, and what in the files led to the computed value; None if that cannot be told any more."""
 
     discrepancy: Discrepancy
-    explanation: Explanation
+    explanation: Explanation | None
 
 
 def check_readable(specs: Sequence[LayerSpec], deadline: Deadline) -> None:
@@ -54,7 +57,7 @@ def read_chain(specs: Sequence[LayerSpec], deadline: Deadline) -> Reading:
         DeadlineError: `deadline` passed.
     """
     with open_layers(specs, deadline=deadline) as chain:
-        return Reading(tuple(specs), chain.layers, chain.allocation_depth())
+        return Reading(tuple(specs), chain.layers, chain.allocation_depth(), chain.identities)
 
 
 def explain_all(

@@ -1,0 +1,93 @@
+"""The process at the other end of a UNIX socket: which files it has open, as whom it runs, and where.
+
+All of it is the kernel's word, not the peer's. What it does not tell (another host, another process namespace, another
+user's process) is None: unknown, never assumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+FileIdentity: TypeAlias = tuple[str, int, int]
+"""``file``, device and inode; or ``device``, the device number and 0: two device nodes can lead to one device."""
+
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A process.
+
+    Attributes:
+        pid: its process id.
+    """
+
+    pid: int
+
+    def has_ended(self) -> bool:
+        """Returns whether it has ended for certain; one that nobody has buried yet has ended, too."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        except (OSError, IndexError):
+            return False
+        return state in "ZX"
+
+    def user(self) -> tuple[int, int] | None:
+        """Returns the user and group ids that it runs as now, which may be others than when it made the socket."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+            words = {line.split(":")[0]: line.split() for line in lines}
+            return int(words["Uid"][2]), int(words["Gid"][2])
+        return None
+
+    def working_directory(self) -> str | None:
+        """Returns its working directory, to which relative image names refer."""
+        with contextlib.suppress(OSError):
+            return str(Path(f"/proc/{self.pid}/cwd").readlink())
+        return None
+
+    def open_files(self) -> frozenset[FileIdentity] | None:
+        """Returns the regular files and block devices that it has open, those that lost their name included."""
+        found = set()
+        try:
+            descriptors = os.listdir(f"/proc/{self.pid}/fd")  # noqa: PTH208 - names are all that is wanted
+        except OSError:
+            return None
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found.add(identity_of(Path(f"/proc/{self.pid}/fd/{descriptor}").stat()))
+        return frozenset(found)
+
+
+def identity_of(status: os.stat_result) -> FileIdentity:
+    """Returns what is equal for two names of one file."""
+    if stat.S_ISBLK(status.st_mode):
+        return "device", status.st_rdev, 0
+    return "file", status.st_dev, status.st_ino
+
+
+def peer_of(sock: socket.socket) -> Peer | None:
+    """Returns the process that listens at the other end of a UNIX socket."""
+    if sock.family != socket.AF_UNIX:
+        return None
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(credentials)[0]
+    return Peer(pid) if pid else None  # 0: in a process namespace that cannot be seen from here
+
+
+def listener_at(path: Path, seconds: float) -> Peer | None:
+    """Returns the process that listens on a UNIX socket, None if nobody does; pid 0 if the kernel does not tell who."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+        probe.settimeout(seconds)
+        probe.connect(str(path))
+        return peer_of(probe) or Peer(0)
+    return None

@@ -1,0 +1,300 @@
+"""One disk of a running QEMU: its exports, and the rounds in which it is judged.
+
+What is opened here is an export with an NBD client on it, called a window. Windows are closed export first: QEMU 7.2
+aborts when a client of a disk in an iothread leaves before its export. A round::
+
+    graph    which node does the export stand on now, which files lie below        (an export follows the graph)
+    watch    a dirty bitmap on every writable layer                                (not in the first round)
+    served   the map, over NBD
+    flush    every writable layer, through a window of its own                     (QEMU flushes no backing files)
+    files    the map, computed                                                     (in a thread)
+    served   again, if the two differ
+    watch    what was written meanwhile
+    graph    the same as before? else the round says nothing
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+import numpy as np
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.errors import (
+    CommandFailedError,
+    DeadlineError,
+    DiskNotLocalError,
+    GraphUnsupportedError,
+    ImageError,
+    InterferenceError,
+    QmpnbdError,
+)
+from qmpnbd.extents import ExtentMap
+from qmpnbd.images.chain import LayerSpec
+from qmpnbd.nbd.aio import Client
+from qmpnbd.nbd.uri import NbdUri
+from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmap, remove_bitmap
+from qmpnbd.qmp.exports import add_export, remove_export
+from qmpnbd.qmp.graph import Link, below, chain_of
+from qmpnbd.qmp.inventory import read_exports, read_graph, require_safe_moment
+from qmpnbd.qmp.monitor import Monitor
+from qmpnbd.qmp.naming import bitmap_name, export_id
+from qmpnbd.qmp.teardown import TakeDown
+from qmpnbd.validate.findings import Findings
+from qmpnbd.validate.reading import Explained, Reading, explain_all, read_chain
+
+T = TypeVar("T")
+
+DEPTH = "qemu:allocation-depth"
+DIRTY = "qemu:dirty-bitmap:"
+
+_ROUND_ERRORS = (ImageError, GraphUnsupportedError, DiskNotLocalError, InterferenceError, CommandFailedError)
+"""What can be an accident of a round, because something moved while it was looked at; twice running it is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run works: everything that its disks share.
+
+    Attributes:
+        monitor: the QEMU.
+        server: its NBD server; the export name is filled in.
+        run: the run id.
+        numbers: gives every export and bitmap of the run a number of its own.
+        take_down: takes everything down.
+        deadline: for everything but taking down.
+    """
+
+    monitor: Monitor
+    server: NbdUri
+    run: str
+    numbers: Iterator[int]
+    take_down: TakeDown
+    deadline: Deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """An export of ours, and a client that looks through it."""
+
+    export: str
+    client: Client
+
+
+async def open_window(
+    place: Place, stack: AsyncExitStack, node_name: str, context: str, bitmaps: Sequence[str] = ()
+) -> Window:
+    """Exports a node and connects to it; `stack` closes both, the export first.
+
+    Raises:
+        MonitorError: QEMU refused.
+        NbdError: the export cannot be used.
+        DeadlineError: the time is over.
+    """
+    name = export_id(place.run, next(place.numbers))
+    clients: list[Client] = []
+    stack.push_async_callback(_close_all, clients)
+    stack.push_async_callback(place.take_down.step, f"export {name}", partial(remove_export, place.monitor, name))
+    await require_safe_moment(place.monitor, place.deadline)
+    await add_export(place.monitor, node_name, name, place.deadline, bitmaps=bitmaps)
+    uri = replace(place.server, export=name)
+    clients.append(await Client.connect(uri, contexts=[context], deadline=place.deadline))
+    return Window(name, clients[0])
+
+
+async def _close_all(clients: Sequence[Client]) -> None:
+    for client in clients:
+        await client.close()
+
+
+class LiveDisk:
+    """A disk that is being judged; made by `judge`."""
+
+    def __init__(self, place: Place, stack: AsyncExitStack, window: Window) -> None:
+        self._place = place
+        self._stack = stack
+        self._window = window
+        self._flushers: dict[str, Window] = {}
+        self._findings = Findings(window.client.export.size)
+
+    @classmethod
+    async def judge(cls, place: Place, node_name: str, rounds: int, listed: int) -> tuple[Findings, list[Explained]]:
+        """Exports a node, judges it, and takes everything down.
+
+        Args:
+            place: where.
+            node_name: the node that the disk stands on.
+            rounds: at most so many.
+            listed: how many discrepancies to explain.
+
+        Raises:
+            QmpnbdError: the disk cannot be judged.
+        """
+        async with AsyncExitStack() as stack:
+            window = await open_window(place, stack, node_name, DEPTH)
+            disk = cls(place, stack, window)
+            try:
+                for number in range(rounds):
+                    await disk._attempt(watched=number > 0)
+                    if disk._findings.settled:
+                        break
+            except DeadlineError:
+                if not disk._findings.discrepancy_totals()[0]:
+                    raise  # what has been found is worth more than what could not be finished
+            return disk._findings, await disk._explained(listed)
+
+    async def _attempt(self, *, watched: bool) -> None:
+        try:
+            async with AsyncExitStack() as stack:
+                await self._round(stack, watched=watched)
+        except _ROUND_ERRORS as error:
+            self._findings.add_failure(error)
+
+    async def _round(self, stack: AsyncExitStack, *, watched: bool) -> None:
+        place, deadline = self._place, self._place.deadline
+        await require_safe_moment(place.monitor, deadline)
+        node_name = await self._exported_node()
+        graph = await read_graph(place.monitor, deadline)
+        links = chain_of(graph, node_name)
+        writable = [link.node_name for link in links if link.writable]
+        watch = [await self._watched(stack, node) for node in writable] if watched else []
+        before = await self._served()
+        await self._flush(writable[1:] if links[0].writable else writable)
+        reading = await self._computed(specs_of(links, place.monitor))
+        after = None if before == reading.depth else await self._served()
+        touched = await self._touched(stack, watch) if watched and after is not None else None
+        now = below(await read_graph(place.monitor, deadline), await self._exported_node())
+        if now != below(graph, node_name):
+            self._findings.add_void()
+            return
+        self._findings.add(reading, before, after, touched, verified=self._verified(reading))
+
+    async def _exported_node(self) -> str:
+        """Returns the node that our export stands on now: it follows the graph, so its node-name changes."""
+        for info in await read_exports(self._place.monitor, self._place.deadline):
+            if info.id == self._window.export:
+                return info.node_name
+        raise InterferenceError(
+            "somebody removed our export", where=f"export {self._window.export}", remedy="Run again."
+        )
+
+    async def _served(self) -> ExtentMap:
+        return (await self._window.client.maps(deadline=self._place.deadline))[DEPTH]
+
+    async def _flush(self, below_the_top: Sequence[str]) -> None:
+        """Brings the tables of all writable layers to their files.
+
+        A flush through an export reaches the exported node and the files under it, but not its backing files.
+        """
+        for node in reversed(below_the_top):
+            if node not in self._flushers:
+                self._flushers[node] = await open_window(self._place, self._stack, node, DEPTH)
+            await self._flushers[node].client.flush(self._place.deadline)
+        await self._window.client.flush(self._place.deadline)
+
+    async def _computed(self, specs: Sequence[LayerSpec]) -> Reading:
+        return await in_thread(partial(read_chain, specs, self._place.deadline), self._place.deadline)
+
+    async def _watched(self, stack: AsyncExitStack, node: str) -> tuple[str, str]:
+        monitor, name = self._place.monitor, bitmap_name(self._place.run, next(self._place.numbers))
+        work = partial(remove_bitmap, monitor, node, name)
+        stack.push_async_callback(self._place.take_down.step, f"bitmap {name} of node {node}", work)
+        await add_bitmap(monitor, node, name, self._place.deadline)
+        return node, name
+
+    async def _touched(self, stack: AsyncExitStack, watch: Sequence[tuple[str, str]]) -> ExtentMap:
+        """Ends the watch and returns what was written in any writable layer: 1, or 0."""
+        size = self._findings.size
+        touched = ExtentMap.uniform(size, 0)
+        for node, name in watch:
+            await disable_bitmap(self._place.monitor, node, name, self._place.deadline)
+            window = await open_window(self._place, stack, node, DIRTY + name, [name])
+            dirty = (await window.client.maps(deadline=self._place.deadline))[DIRTY + name]
+            touched = touched.combine(dirty.resized(size, 0), np.maximum)
+        return touched
+
+    def _verified(self, reading: Reading) -> bool:
+        """Returns whether QEMU has the files open that were read; raises if it has others."""
+        monitor = self._place.monitor
+        open_files = monitor.peer.open_files() if monitor.peer is not None else None
+        if open_files is None:
+            return False
+        for layer, identity in zip(reading.layers, reading.identities, strict=True):
+            if identity not in open_files:
+                raise DiskNotLocalError(
+                    "the file of this name is not the one that QEMU has open: it was replaced under QEMU, or QEMU sees "
+                    "other files under the same names",
+                    where=layer.path,
+                    remedy="`qmpnbd map` still shows what is served.",
+                )
+        return True
+
+    async def _explained(self, listed: int) -> list[Explained]:
+        found = list(islice(self._findings.discrepancies(), listed))
+        reading, deadline = self._findings.reading, self._place.deadline
+        if not found or reading is None:
+            return []
+        try:
+            return await in_thread(partial(explain_all, reading.specs, found, deadline), deadline)
+        except QmpnbdError:
+            return [Explained(each, None) for each in found]  # the finding stands without its reason
+
+
+async def in_thread(work: Callable[[], T], deadline: Deadline) -> T:
+    """Runs blocking work in a thread; when cancelled, tells it to stop by its deadline, and waits for that."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        deadline.stop()
+        await asyncio.wait({task})
+        task.exception()
+        raise
+
+
+def specs_of(links: Sequence[Link], monitor: Monitor) -> tuple[LayerSpec, ...]:
+    """Returns which files to read for a chain inside QEMU, and how.
+
+    Raises:
+        DiskNotLocalError: a file cannot be found from here.
+    """
+    if not monitor.is_local:
+        raise DiskNotLocalError(
+            "QEMU is on another host, so its files cannot be read here",
+            where=monitor.where,
+            remedy="Run qmpnbd on that host; `qmpnbd map` works from here.",
+        )
+    working_directory = monitor.peer.working_directory() if monitor.peer is not None else None
+    return tuple(_spec(link, working_directory) for link in links)
+
+
+def _spec(link: Link, working_directory: str | None) -> LayerSpec:
+    path = link.filename
+    problem = None
+    if path.startswith("/dev/fdset/"):
+        problem = "the image was handed to QEMU as an open file, so its name is not known"
+    elif "\ufffd" in path:
+        problem = "the image's name is not valid UTF-8, and QEMU cannot tell such a name"
+    elif not path.startswith("/") and working_directory is None:
+        problem = "the image has a relative name, and QEMU's working directory is not known"
+    if problem is not None:
+        raise DiskNotLocalError(
+            problem,
+            where=f"node {link.node_name} ({path})",
+            remedy="Start QEMU with absolute names in UTF-8; `qmpnbd map` still shows what is served.",
+        )
+    return LayerSpec(
+        path=str(PurePosixPath(working_directory or "/", path)),
+        format=link.format,
+        allocation_depth=link.allocation_depth,
+        node_name=link.node_name,
+        offset=link.offset,
+        size=link.size,
+    )
