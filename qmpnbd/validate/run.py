@@ -231,7 +231,7 @@ class _Run:
         raise MonitorError("somebody removed our export", where=f"export {export}", remedy="Run again.")
 
     async def _served(self, client: Client) -> ExtentMap:
-        return (await client.maps(self.deadline))[CONTEXT]
+        return (await client.maps(deadline=self.deadline))[CONTEXT]
 
     async def _computed(self, specs: Sequence[LayerSpec]) -> Reading:
         return await in_thread(partial(read_chain, specs, self.deadline), self.deadline)
