@@ -32,11 +32,11 @@ class Deadline:
         """Makes every later `check` and `remaining` fail, here and in all deadlines made `within` this one."""
         self._stop.set()
 
-    def remaining(self, what: str, where: str) -> float | None:
+    def remaining(self, what: object, where: str) -> float | None:
         """Returns the seconds left (more than 0), or None where there is no bound.
 
         Args:
-            what: what is about to be waited for; ends up in the message.
+            what: what is about to be waited for; ends up in the message, and is made a text only then.
             where: the socket, file or disk concerned.
 
         Raises:
@@ -51,7 +51,7 @@ class Deadline:
             raise self.expired(what, where)
         return left
 
-    def check(self, what: str, where: str) -> None:
+    def check(self, what: object, where: str) -> None:
         """Raises DeadlineError if nothing is left; for loops that compute rather than wait."""
         self.remaining(what, where)
 
@@ -63,7 +63,7 @@ class Deadline:
         inner._stop = self._stop
         return inner
 
-    def expired(self, what: str, where: str) -> DeadlineError:
+    def expired(self, what: object, where: str) -> DeadlineError:
         """Makes the error that tells that the time ran out while waiting for `what`."""
         given = "" if self.seconds is None else f" after {self.seconds:g} s"
         return DeadlineError(

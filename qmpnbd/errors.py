@@ -26,7 +26,8 @@
     │   ├── NbdContextError          33  the metadata context is not offered
     │   ├── NbdRequestError          34  one request failed at the server; the connection lives
     │   ├── NbdUnsupportedError      35  the server cannot do what is needed
-    │   └── NbdDisconnectedError     36  the server ended the connection
+    │   ├── NbdDisconnectedError     36  the server ended the connection
+    │   └── NbdTlsError              37  no TLS, or the peer is not who it should be
     └── ImageError
         ├── ImageMissingError        40  no such file
         ├── ImageUnreadableError     41  not permitted, not a file, or an I/O error
@@ -227,6 +228,12 @@ class NbdDisconnectedError(NbdError):
     """The server ended the connection."""
 
     exit_code = 36
+
+
+class NbdTlsError(NbdError):
+    """TLS could not be agreed or the peer could not be verified."""
+
+    exit_code = 37
 
 
 class ImageError(QmpnbdError):

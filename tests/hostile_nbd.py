@@ -1,7 +1,7 @@
 """An NBD server that does what a script says, right or wrong, with real bytes through a real socket.
 
-A `Script` is an honest small server until a knob is turned. `serving` runs one; `feed` gives a program bytes without
-any socket. Written against the specification only: of the package it uses nothing but the packing of structs.
+A `Script` is an honest small server until a knob is turned; `serving` runs one. Written against the specification only:
+of the package it uses nothing but the packing of structs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from qmpnbd.errors import NbdDisconnectedError
-from qmpnbd.nbd import constants, wire
-from qmpnbd.nbd.constants import ChunkType, Command, Option, OptionReplyType
-from qmpnbd.nbd.wire import Program, Receive, RequestHeader
+from qmpnbd.nbd import constants, messages, wire
+from qmpnbd.nbd.constants import ChunkType, Command, CommandFlag, Option
+from qmpnbd.nbd.messages import ChunkHeader, ErrorPayload, RequestHeader, SimpleReply
+from tests.option_bytes import ack, info, meta, unsupported
 
 DEPTH, BASE = constants.ALLOCATION_DEPTH, constants.BASE_ALLOCATION
 Extents = Iterable[tuple[int, int]]
@@ -25,31 +25,13 @@ Answer = Callable[[RequestHeader, int], Iterable[bytes]]
 _T = TypeVar("_T")
 
 
-def option_reply(option: int, kind: int, data: bytes = b"", **wrong: int) -> bytes:
-    facts = {"option": option, "type": kind, "length": len(data)} | wrong
-    return wire.OptionReplyHeader(**facts).pack() + data
-
-
-def meta(id_: int, name: str) -> bytes:
-    data = wire.MetaContext(id_, name.encode()).pack()
-    return option_reply(Option.SET_META_CONTEXT, OptionReplyType.META_CONTEXT, data)
-
-
-def ack(option: int) -> bytes:
-    return option_reply(option, OptionReplyType.ACK)
-
-
-def info(data: bytes) -> bytes:
-    return option_reply(Option.GO, OptionReplyType.INFO, data)
-
-
 def simple(cookie: int, error: int = 0) -> bytes:
-    return wire.REPLY_MAGIC.pack(constants.SIMPLE_REPLY_MAGIC) + wire.SimpleReply(error, cookie).pack()
+    return messages.MAGIC.pack(constants.SIMPLE_REPLY_MAGIC) + SimpleReply(error, cookie).pack()
 
 
 def chunk(cookie: int, kind: int, payload: bytes = b"", *, done: bool = False, length: int | None = None) -> bytes:
-    header = wire.ChunkHeader(int(done), kind, cookie, len(payload) if length is None else length)
-    return wire.REPLY_MAGIC.pack(constants.CHUNK_MAGIC) + header.pack() + payload
+    header = ChunkHeader(int(done), kind, cookie, len(payload) if length is None else length)
+    return messages.MAGIC.pack(constants.CHUNK_MAGIC) + header.pack() + payload
 
 
 def status(cookie: int, id_: int, extents: Extents, *, done: bool = False) -> bytes:
@@ -59,13 +41,75 @@ def status(cookie: int, id_: int, extents: Extents, *, done: bool = False) -> by
 
 def failure(cookie: int, error: int, text: bytes = b"", *, done: bool = True, kind: int = ChunkType.ERROR) -> bytes:
     rest = bytes(8) if kind == ChunkType.ERROR_OFFSET else b""
-    return chunk(cookie, kind, wire.ErrorPayload(error, text, rest).pack(), done=done)
+    return chunk(cookie, kind, ErrorPayload(error, text, rest).pack(), done=done)
+
+
+def pattern(offset: int, length: int) -> bytes:
+    """What the fake server's disk holds: each sector its own number, never zero."""
+    first, last = offset // 512, (offset + length + 511) // 512
+    sectors = b"".join(bytes([number % 251 + 1]) * 512 for number in range(first, last))
+    return sectors[offset - first * 512 :][:length]
+
+
+def acknowledged(request: RequestHeader) -> bytes:
+    """Says that a request without content was carried out."""
+    return To(request).none() if To(request).extended else simple(request.cookie)
+
+
+class To:
+    """Chunks in reply to a request, in the form in which it was made."""
+
+    def __init__(self, request: RequestHeader) -> None:
+        self._request = request
+        self.extended = request.magic == constants.EXTENDED_REQUEST_MAGIC
+
+    def chunk(self, kind: int, payload: bytes = b"", *, done: bool = False, **wrong: int) -> bytes:
+        facts = {"cookie": self._request.cookie, "length": len(payload), "offset": self._request.offset} | wrong
+        header = ChunkHeader(int(done), kind, **facts).pack(extended=self.extended)
+        magic = constants.EXTENDED_CHUNK_MAGIC if self.extended else constants.CHUNK_MAGIC
+        return messages.MAGIC.pack(magic) + header + payload
+
+    def none(self) -> bytes:
+        return self.chunk(ChunkType.NONE, done=True)
+
+    def data(self, offset: int, content: bytes, *, done: bool = False) -> bytes:
+        return self.chunk(ChunkType.OFFSET_DATA, messages.OFFSET.pack(offset) + content, done=done)
+
+    def hole(self, offset: int, length: int, *, done: bool = False) -> bytes:
+        return self.chunk(ChunkType.OFFSET_HOLE, messages.HOLE.pack(offset, length), done=done)
+
+    def failure(self, error: int, *, done: bool = True) -> bytes:
+        return self.chunk(ChunkType.ERROR, ErrorPayload(error, b"").pack(), done=done)
+
+    def status(self, id_: int, extents: Extents, *, done: bool = False, count: int | None = None) -> bytes:
+        width = 8 if self.extended else 4
+        entries = [n.to_bytes(width, "big") for pair in extents for n in pair]
+        if not self.extended:
+            return self.chunk(ChunkType.BLOCK_STATUS, id_.to_bytes(4, "big") + b"".join(entries), done=done)
+        head = messages.STATUS_EXT.pack(id_, len(entries) // 2 if count is None else count)
+        return self.chunk(ChunkType.BLOCK_STATUS_EXT, head + b"".join(entries), done=done)
 
 
 def honest(request: RequestHeader, count: int) -> Iterable[bytes]:
     """Tells depth 1 for everything, in both contexts; the ids are those of `Script.contexts`."""
-    yield status(request.cookie, 7, [(request.length, 1)])
-    yield status(request.cookie, 4, [(request.length, 0)], done=True)
+    to = To(request)
+    yield to.status(7, [(request.length, 1)])
+    yield to.status(4, [(request.length, 0)], done=True)
+
+
+def honest_read(request: RequestHeader, count: int) -> Iterable[bytes]:
+    """Tells the pattern in two pieces, the second one first."""
+    to, half = To(request), request.length // 2
+    if half:
+        yield to.data(request.offset + half, pattern(request.offset + half, request.length - half))
+        yield to.data(request.offset, pattern(request.offset, half), done=True)
+    else:
+        yield to.data(request.offset, pattern(request.offset, request.length), done=True)
+
+
+def simple_read(request: RequestHeader, count: int) -> Iterable[bytes]:
+    """The same without structured replies."""
+    yield simple(request.cookie) + pattern(request.offset, request.length)
 
 
 @dataclass
@@ -79,9 +123,13 @@ class Script:
         options: replies to send instead of the honest ones.
         answer: given a BLOCK_STATUS request and its number, the bytes to send.
         flush: the same for FLUSH.
+        read: the same for READ.
+        others: the same for whatever else is asked.
         cut: close after so many bytes sent.
         drip: send one byte at a time.
+        extended: have extended headers.
         requests: what clients asked for in the transmission phase.
+        payloads: what followed each of these.
         asked: which options clients sent.
     """
 
@@ -92,16 +140,22 @@ class Script:
     sizes: tuple[int, int, int] | None = (1, 4096, 32 << 20)
     options: dict[int, bytes] = field(default_factory=dict)
     answer: Answer = honest
-    flush: Answer = lambda request, count: [simple(request.cookie)]
+    flush: Answer = lambda request, count: [acknowledged(request)]
+    read: Answer = honest_read
+    others: Answer = lambda request, count: [acknowledged(request)]
     cut: int | None = None
     drip: bool = False
+    extended: bool = False
     requests: list[RequestHeader] = field(default_factory=list)
+    payloads: list[bytes] = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
 
     def option(self, option: int, data: bytes) -> bytes:
         """Returns the reply to an option."""
         if option in self.options:
             return self.options[option]
+        if option == Option.EXTENDED_HEADERS and not self.extended:
+            return unsupported(option)
         if option == Option.SET_META_CONTEXT:
             granted = [meta(id_, name) for id_, name in self.contexts if name.encode() in data]
             return b"".join(granted) + ack(option)
@@ -118,6 +172,7 @@ class _Conversation:
         self._script = script
         self._sock = sock
         self._left = script.cut
+        self._extended = False
 
     def serve(self) -> None:
         with contextlib.suppress(OSError, EOFError):
@@ -134,18 +189,24 @@ class _Conversation:
             _, option, length = wire.OptionRequest.unpack_header(self._read(16))
             data = self._read(length)
             self._script.asked.append(option)
+            self._extended |= option == Option.EXTENDED_HEADERS and self._script.extended
             if option == Option.ABORT:
                 raise EOFError
             self._send(self._script.option(option, data))
 
     def _transmit(self) -> None:
+        script = self._script
+        layout = RequestHeader.EXTENDED if self._extended else RequestHeader.LAYOUT
+        answers = {Command.FLUSH: script.flush, Command.READ: script.read, Command.BLOCK_STATUS: script.answer}
         while True:
-            request = RequestHeader.unpack(self._read(28))
-            self._script.requests.append(request)
+            request = RequestHeader.unpack(self._read(layout.size))
+            carries = request.command == Command.WRITE or bool(request.flags & CommandFlag.PAYLOAD_LEN)
+            payload = self._read(request.length) if carries else b""
+            script.payloads.append(payload)
+            script.requests.append(request)
             if request.command == Command.DISC:
                 raise EOFError
-            answer = self._script.flush if request.command == Command.FLUSH else self._script.answer
-            for data in answer(request, len(self._script.requests)):
+            for data in answers.get(Command(request.command), script.others)(request, len(script.requests)):
                 self._send(data)
 
     def _send(self, data: bytes) -> None:
@@ -196,31 +257,3 @@ def serving(folder: Path, script: Script) -> Iterator[str]:
                     sock.shutdown(socket.SHUT_RDWR)
             thread.join(5)
             assert not thread.is_alive(), "the fake server does not end"
-
-
-def feed(program: Program[_T], data: bytes) -> tuple[_T, bytes]:
-    """Gives a program bytes until it returns.
-
-    Returns:
-        What it returned, and what it sent.
-
-    Raises:
-        NbdDisconnectedError: the bytes were not enough.
-        AssertionError: bytes were left over.
-    """
-    sent = b""
-    try:
-        operation = next(program)
-        while True:
-            if not isinstance(operation, Receive):
-                sent += operation.data
-                operation = program.send(b"")
-            elif operation.count <= len(data):
-                taken, data = data[: operation.count], data[operation.count :]
-                operation = program.send(bytearray(taken))
-            else:
-                operation = program.throw(NbdDisconnectedError("the end", where="test"))
-    except StopIteration as stop:
-        assert data == b"", "bytes were left over"
-        result: _T = stop.value
-        return result, sent

@@ -4,57 +4,65 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import QmpnbdError
-from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd import aio
 from qmpnbd.nbd.client import Client
 from qmpnbd.nbd.uri import NbdUri
 from tests.hostile_nbd import BASE, DEPTH
 
-Outcome = dict[str, ExtentMap] | QmpnbdError | None
-Door = Callable[..., list[Outcome]]
+Outcome = Any
+Step = str | tuple[Any, ...]
+Door = Callable[..., list[Any]]
 LONG, SHORT = 20.0, 0.2
 
 
+def _taken(step: Step, seconds: float) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """Returns a step as the method to call, and what with: ``"maps"``, ``("read", 0, 1)``, ``("trim", 0, 1, {})``."""
+    name, *arguments = (step,) if isinstance(step, str) else step
+    named = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
+    return name, tuple(arguments), {"deadline": Deadline(seconds)} | named
+
+
 def blocking(
-    uri: str | NbdUri, *steps: str, contexts: Sequence[str] = (DEPTH, BASE), seconds: float = LONG
+    uri: str | NbdUri, *steps: Step, contexts: Sequence[str] = (DEPTH, BASE), seconds: float = LONG, **options: Any
 ) -> list[Outcome]:
     """Connects and takes the steps, each one's outcome or error; an error of connecting is raised."""
     outcomes: list[Outcome] = []
-    deadline = Deadline(seconds)
-    with Client.connect(uri, contexts=contexts, deadline=deadline) as client:
+    with Client.connect(uri, contexts=contexts, deadline=Deadline(seconds), **options) as client:
         for step in steps:
+            name, arguments, named = _taken(step, seconds)
             try:
-                if step == "maps":
-                    outcomes.append(client.maps(deadline))
-                else:
-                    client.flush(deadline)
-                    outcomes.append(None)
+                outcome = getattr(client, name)(*arguments, **named)
+                if name == "chunks":
+                    outcome = [(offset, bytes(view)) for offset, view in outcome]
+                outcomes.append(outcome)
             except QmpnbdError as error:
                 outcomes.append(error)
     return outcomes
 
 
 def awaited(
-    uri: str | NbdUri, *steps: str, contexts: Sequence[str] = (DEPTH, BASE), seconds: float = LONG
+    uri: str | NbdUri, *steps: Step, contexts: Sequence[str] = (DEPTH, BASE), seconds: float = LONG, **options: Any
 ) -> list[Outcome]:
     """The same through asyncio."""
 
     async def main() -> list[Outcome]:
         outcomes: list[Outcome] = []
-        deadline = Deadline(seconds)
-        async with await aio.Client.connect(uri, contexts=contexts, deadline=deadline) as client:
+        connecting = aio.Client.connect(uri, contexts=contexts, deadline=Deadline(seconds), **options)
+        async with await connecting as client:
             for step in steps:
+                name, arguments, named = _taken(step, seconds)
                 try:
-                    if step == "maps":
-                        outcomes.append(await client.maps(deadline))
+                    outcome = getattr(client, name)(*arguments, **named)
+                    if name == "chunks":
+                        outcomes.append([(offset, bytes(view)) async for offset, view in outcome])
                     else:
-                        await client.flush(deadline)
-                        outcomes.append(None)
+                        outcomes.append(await outcome)
                 except QmpnbdError as error:
                     outcomes.append(error)
         assert asyncio.all_tasks() == {asyncio.current_task()}

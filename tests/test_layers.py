@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "qmpnbd").rglob("*.py"))
 
-DOORS = {"nbd.client", "nbd.aio", "nbd.sockets", "nbd.aio_sockets"}
+DOORS = {"nbd.client", "nbd.aio", "nbd.runner", "nbd.aio_runner", "nbd.channel", "nbd.sockets", "nbd.aio_sockets"}
+DOORS |= {"nbd.tls_socket", "nbd.stepwise", "nbd.aio_stepwise"}
 DOORS |= {"qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.bitmaps", "qmp.recover"}
 DOORS |= {"qmp.teardown", "qmp.process", "qmp.rundir"}
 DOORS |= {"images.files", "images.hostfile", "images.qcow2_file"}

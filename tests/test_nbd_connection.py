@@ -13,18 +13,21 @@ from qmpnbd.errors import (
     NbdUnsupportedError,
     UsageError,
 )
-from qmpnbd.nbd import wire
-from qmpnbd.nbd.connection import Connection, State, Status
+from qmpnbd.nbd import commands, constants
+from qmpnbd.nbd.connection import Connection, State
 from qmpnbd.nbd.constants import ChunkType, Command, TransmissionFlag
 from qmpnbd.nbd.handshake import Export
-from qmpnbd.nbd.wire import RequestHeader
-from tests.hostile_nbd import BASE, DEPTH, chunk, failure, feed, simple, status
+from qmpnbd.nbd.messages import RequestHeader
+from qmpnbd.nbd.requests import Job, Request, Sink, Status, Wait
+from qmpnbd.nbd.wire import Send
+from tests.hostile_nbd import BASE, DEPTH, chunk, failure, simple, status
+from tests.nbd_line import Line
 
 EXPORT = Export("disk", 1 << 20, TransmissionFlag(0x058F), contexts=MappingProxyType({DEPTH: 7, BASE: 4}))
 GOOD = status(1, 7, [(512, 1)]) + status(1, 4, [(256, 0), (256, 3)], done=True)
 
 
-class Talk:
+class Talk(Sink):
     """A connection, and what it was told."""
 
     def __init__(self, export: Export = EXPORT) -> None:
@@ -32,10 +35,18 @@ class Talk:
         self.statuses: list[tuple[int, bytes]] = []
 
     def ask(self, data: bytes, command: Command = Command.BLOCK_STATUS, offset: int = 0, length: int = 512) -> bytes:
-        return feed(self.connection.call(command, offset, length, self.take), data)[1]
+        return say(self.connection, self.connection.call(command, offset, length, self), data)
 
-    def take(self, told: Status) -> None:
+    def status(self, request: Request, told: Status) -> None:
         self.statuses.append((told.context_id, bytes(told.entries)))
+
+
+def say(connection: Connection, job: Job[None], data: bytes) -> bytes:
+    """Runs a call whose answer is known; returns what it sent."""
+    line = Line(connection, data=data)
+    line.run(job)
+    assert not line.incoming, "bytes were left over"
+    return line.sent
 
 
 def test_a_request_and_its_chunks() -> None:
@@ -43,7 +54,7 @@ def test_a_request_and_its_chunks() -> None:
     assert talk.ask(GOOD) == RequestHeader(7, 1, 0, 512).pack()
     assert [(id_, len(entries)) for id_, entries in talk.statuses] == [(7, 8), (4, 16)]
     assert talk.statuses[0][1] == bytes.fromhex("00000200 00000001")
-    assert talk.connection.in_step
+    assert not talk.connection.busy
     assert talk.ask(status(2, 7, [(1, 1)], done=True), offset=512) == RequestHeader(7, 2, 512, 512).pack()
 
 
@@ -58,7 +69,7 @@ def test_an_end_of_the_stream_anywhere_leaves_the_connection_out_of_step() -> No
         talk = Talk()
         with pytest.raises(NbdDisconnectedError):
             talk.ask(GOOD[:length])
-        assert not talk.connection.in_step
+        assert not talk.connection.live
     with pytest.raises(AssertionError, match="left over"):
         Talk().ask(GOOD + b"\0")
 
@@ -86,7 +97,7 @@ def test_a_request_that_failed_leaves_the_connection_usable(data: bytes, wire_er
 
 
 def test_chunks_after_done_are_skipped_while_the_request_is_remembered() -> None:
-    late = status(1, 4, [(512, 0)] * 1000, done=True)
+    late = status(1, 4, [(512, 0)] * 500, done=True)
     talk = Talk()
     with pytest.raises(NbdRequestError):
         talk.ask(failure(1, 5))
@@ -138,31 +149,32 @@ def test_what_breaks_the_protocol_kills_the_connection(data: bytes, match: str) 
         talk.ask(data)
     assert talk.connection.state is State.DEAD
     with pytest.raises(NbdDisconnectedError, match="lost before"):
-        feed(talk.connection.request(Command.FLUSH, 0, 0), b"")
-    assert feed(talk.connection.disconnect(), b"") == (None, b"")
+        talk.ask(b"", Command.FLUSH)
+    assert talk.connection.disconnect() == b""
 
 
 def test_structured_replies_that_were_not_agreed_on_are_refused() -> None:
-    talk = Talk(Export("disk", 512, TransmissionFlag(0x058F), structured=False))
+    talk = Talk(Export("disk", 512, TransmissionFlag(0x058F), replies="simple"))
     with pytest.raises(NbdProtocolError, match="0x668e33ef"):
         talk.ask(chunk(1, ChunkType.NONE, done=True), Command.FLUSH)
 
 
 def test_flush() -> None:
     connection = Connection(EXPORT, "here")
-    assert feed(connection.flush(), simple(1))[1] == RequestHeader(Command.FLUSH, 1).pack()
-    feed(connection.flush(), chunk(2, ChunkType.NONE, done=True))
+    assert say(connection, commands.flush(connection), simple(1)) == RequestHeader(Command.FLUSH, 1).pack()
+    say(connection, commands.flush(connection), chunk(2, ChunkType.NONE, done=True))
     with pytest.raises(NbdRequestError, match=r"NBD_CMD_FLUSH failed at the server \(ENOSPC\)"):
-        feed(connection.flush(), failure(3, 28))
+        say(connection, commands.flush(connection), failure(3, 28))
     with pytest.raises(NbdProtocolError, match="in reply to NBD_CMD_FLUSH"):
-        feed(connection.flush(), status(4, 7, [(512, 1)], done=True))
+        say(connection, commands.flush(connection), status(4, 7, [(512, 1)], done=True))
 
 
 def test_flush_where_there_is_none() -> None:
     connection = Connection(Export("disk", 512, TransmissionFlag.HAS_FLAGS), "here")
     with pytest.raises(NbdUnsupportedError, match="no flush"):
-        feed(connection.flush(), b"")
-    assert connection.in_step
+        say(connection, commands.flush(connection), b"")
+    assert connection.live
+    assert not connection.busy
 
 
 def test_a_server_that_shuts_down_is_asked_nothing_more_but_told_goodbye() -> None:
@@ -171,31 +183,45 @@ def test_a_server_that_shuts_down_is_asked_nothing_more_but_told_goodbye() -> No
         talk.ask(failure(1, 108, b"bye"))
     with pytest.raises(NbdDisconnectedError, match="shutting down"):
         talk.ask(b"")
-    assert feed(talk.connection.disconnect(), b"")[1] == RequestHeader(Command.DISC, 2).pack()
+    assert talk.connection.disconnect() == RequestHeader(Command.DISC, 2).pack()
     with pytest.raises(UsageError, match="closed"):
         talk.ask(b"")
 
 
-def test_one_call_at_a_time() -> None:
+def test_what_arrives_for_a_call_that_was_given_up_is_dropped() -> None:
     talk = Talk()
-    first = talk.connection.call(Command.FLUSH, 0, 0, talk.take)
-    assert isinstance(next(first), wire.Send)
-    with pytest.raises(UsageError, match="under way"):
-        talk.ask(b"")
+    given_up = talk.connection.call(Command.BLOCK_STATUS, 0, 512, talk)
+    assert isinstance(next(given_up), Send)
+    assert isinstance(given_up.send(b""), Wait)
+    given_up.close()
     assert talk.connection.busy
+    talk.ask(GOOD + status(2, 7, [(512, 3)], done=True))
+    assert talk.statuses == [(7, bytes.fromhex("00000200 00000003"))]
+    assert not talk.connection.busy
+
+
+def test_calls_that_are_given_up_do_not_pile_up_for_ever() -> None:
+    connection = Connection(EXPORT, "here")
+    for _ in range(constants.MAX_PENDING):
+        given_up = connection.call(Command.FLUSH)
+        next(given_up)
+        given_up.close()
+    with pytest.raises(NbdDisconnectedError, match="1024 requests were not answered"):
+        next(connection.call(Command.FLUSH))
+    assert not connection.live
 
 
 def test_replies_may_come_in_any_order() -> None:
     connection = Connection(EXPORT, "here")
-    cookies = [feed(connection.request(Command.BLOCK_STATUS, offset, 512), b"")[0] for offset in (0, 512)]
     data = status(2, 7, [(512, 1)]) + status(1, 7, [(512, 2)], done=True) + chunk(2, ChunkType.NONE, done=True)
-    events = []
-    for part in (data[:32], data[32:64], data[64:]):
-        events.append(feed(connection.event(), part)[0])
-    assert cookies == [1, 2]
-    assert [(event.cookie, event.request.offset, event.done) for event in events] == [
-        (2, 512, False),
-        (1, 0, True),
-        (2, 512, True),
-    ]
-    assert connection.in_step
+    line = Line(connection, data=data)
+    with connection.batch() as batch:
+        sent = [connection.submit(batch, Command.BLOCK_STATUS, offset, 512) for offset in (0, 512)]
+        assert [RequestHeader.unpack(header).cookie for header in sent] == [1, 2]
+        line.receive()
+        assert not batch.finished
+        line.receive()
+        line.receive()
+        assert [request.offset for request in batch.finished] == [0, 512]
+    assert not connection.busy
+    assert (connection.requests, connection.messages) == (2, 3)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from random import Random
 from types import MappingProxyType
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmpnbd.errors import NbdProtocolError, NbdRequestError, NbdUnsupportedError, UsageError
+from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError, NbdRequestError, NbdUnsupportedError, UsageError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.connection import Connection, State
-from qmpnbd.nbd.constants import TransmissionFlag
+from qmpnbd.nbd.constants import CommandFlag, TransmissionFlag
 from qmpnbd.nbd.handshake import Export
-from qmpnbd.nbd.survey import Limits, survey
-from qmpnbd.nbd.wire import Receive, RequestHeader
-from tests.hostile_nbd import BASE, DEPTH, Extents, chunk, failure, status
+from qmpnbd.nbd.messages import RequestHeader
+from qmpnbd.nbd.quirks import Quirk
+from qmpnbd.nbd.requests import Give, Wait
+from qmpnbd.nbd.survey import FIRST_SPAN, IN_FLIGHT, Limits, Survey
+from qmpnbd.nbd.wire import Send
+from tests.hostile_nbd import BASE, DEPTH, Extents, To, chunk, failure, honest, status
+from tests.nbd_line import Line
 
 Tell = Callable[[RequestHeader], Sequence[bytes]]
 FLAGS = TransmissionFlag(0x058F)
@@ -28,29 +34,23 @@ def connected(size: int, block: int = 1, contexts: dict[str, int] | None = None)
     return Connection(Export("disk", size, FLAGS, minimum_block=block, contexts=ids), "here")
 
 
-def converse(connection: Connection, tell: Tell, limits: Limits | None = None) -> tuple[dict[str, ExtentMap], int]:
+def converse(
+    connection: Connection, tell: Tell, limits: Limits | None = None, offset: int = 0, length: int | None = None
+) -> tuple[dict[str, ExtentMap], int]:
     """Answers a survey's requests; returns the maps and the number of requests."""
-    program = survey(connection, limits)
-    pending, count = b"", 0
-    try:
-        operation = next(program)
-        while True:
-            if isinstance(operation, Receive):
-                data, pending = pending[: operation.count], pending[operation.count :]
-                assert len(data) == operation.count, f"the script has not enough bytes for {operation.what}"
-                operation = program.send(bytearray(data))
-            else:
-                assert not pending, "bytes were left over"
-                request = RequestHeader.unpack(operation.data)
-                block = connection.export.minimum_block
-                assert 0 < request.length <= 2**32 - max(512, block)
-                assert request.offset % block == request.length % block == 0
-                assert request.offset + request.length <= connection.export.size
-                pending, count = b"".join(tell(request)), count + 1
-                operation = program.send(b"")
-    except StopIteration as stop:
-        maps: dict[str, ExtentMap] = stop.value
-        return maps, count
+    export = connection.export
+
+    def checked(request: RequestHeader) -> Sequence[bytes]:
+        block = export.minimum_block
+        assert 0 < request.length <= 2**32 - max(512, block)
+        assert request.offset % block == request.length % block == 0
+        assert request.offset + request.length <= export.size
+        return tell(request)
+
+    line = Line(connection, checked)
+    maps = line.run(Survey(export, "here", offset, length, limits=limits).run(connection))
+    assert not line.incoming, "bytes were left over"
+    return maps, len(line.requests)
 
 
 def depth_only(size: int, told: Extents) -> Tell:
@@ -105,24 +105,61 @@ def test_extents_that_end_inside_a_block_are_kept_and_requests_stay_aligned() ->
     assert maps == {DEPTH: ExtentMap.of_extents([(1000, 1), (3096, 2)])}
 
 
-def test_a_large_export_is_asked_for_in_pieces_and_merged() -> None:
-    maps, count = converse(
-        connected(10 << 30, 65536, {DEPTH: 7}),
-        lambda request: [status(request.cookie, 7, [(request.length, 3)], done=True)],
-    )
-    assert (maps, count) == ({DEPTH: ExtentMap.uniform(10 << 30, 3)}, 3)
+def test_a_large_export_is_asked_for_in_pieces_that_grow_and_merged() -> None:
+    asked: list[int] = []
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        asked.append(request.length)
+        return [status(request.cookie, 7, [(request.length, 3)], done=True)]
+
+    maps, _ = converse(connected(1 << 40, 65536, {DEPTH: 7}), tell)
+    assert maps == {DEPTH: ExtentMap.uniform(1 << 40, 3)}
+    assert asked[:IN_FLIGHT] == [FIRST_SPAN] * IN_FLIGHT
+    assert max(asked) == 2**32 - 65536
+    assert len(asked) < 300
+
+
+def test_a_dense_disk_is_asked_for_in_spans_that_one_reply_can_tell() -> None:
+    asked: list[int] = []
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        asked.append(request.length)
+        return [status(request.cookie, 7, [(4096, n % 2) for n in range(request.length // 4096)][:32768], done=True)]
+
+    maps, _ = converse(connected(8 << 30, 512, {DEPTH: 7}), tell)
+    assert len(maps[DEPTH]) == (8 << 30) // 4096
+    assert set(asked[IN_FLIGHT + 2 : -1]) <= {256 << 20, 128 << 20}
+
+
+def test_the_map_of_a_range_need_not_be_aligned() -> None:
+    def tell(request: RequestHeader) -> list[bytes]:
+        cells = range(request.offset // 512, (request.offset + request.length) // 512)
+        return [status(request.cookie, 7, [(512, n) for n in cells], done=True)]
+
+    maps, _ = converse(connected(1 << 20, 512, {DEPTH: 7}), tell, offset=1000, length=1000)
+    assert maps == {DEPTH: ExtentMap.of_extents([(24, 1), (512, 2), (464, 3)])}
+    assert converse(connected(1 << 20, 512, {DEPTH: 7}), tell, offset=512, length=0)[0][DEPTH].size == 0
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 4097), (4096, 1), (4097, 0), (2, -1)])
+def test_a_range_outside_the_export(offset: int, length: int) -> None:
+    with pytest.raises(UsageError, match="not inside"):
+        converse(connected(4096), lambda request: [], offset=offset, length=length)
 
 
 def test_a_last_extent_past_the_request_is_cut_there() -> None:
     size = 5 << 30
 
     def tell(request: RequestHeader) -> list[bytes]:
-        """Tells one byte less than 4 GiB, as nbdkit does, where it was asked for 4 GiB less 512."""
-        told = [(2**32 - 1, 1)] if request.offset == 0 else [(request.length, 2)]
-        return [status(request.cookie, 7, told, done=True)]
+        """Tells one byte less than 4 GiB, as nbdkit does, where it was asked for less."""
+        value = request.offset >> 30
+        told = 2**32 - 1 if request.offset + 2**32 <= size else request.length
+        return [status(request.cookie, 7, [(told, value)], done=True)]
 
     maps, _ = converse(connected(size, 1, {DEPTH: 7}), tell)
-    assert maps[DEPTH] == ExtentMap.of_extents([(2**32 - 512, 1), (size - 2**32 + 512, 2)])
+    assert maps[DEPTH].size == size
+    assert maps[DEPTH].at(FIRST_SPAN - 1) == 0
+    assert maps[DEPTH].at(size - 1) >= 3
 
 
 def test_an_empty_export_has_empty_maps() -> None:
@@ -197,7 +234,7 @@ def test_limits() -> None:
     connection = connected(4096, 1, {DEPTH: 7})
     with pytest.raises(NbdUnsupportedError, match="more than 7 extents"):
         converse(connection, tell, Limits(extents=7))
-    assert connection.state is State.DEAD
+    assert connection.live
     assert len(converse(connected(4096, 1, {DEPTH: 7}), tell, Limits(extents=8))[0][DEPTH]) == 8
     with pytest.raises(NbdProtocolError, match="at most 0"):
         converse(connected(4096, 1, {DEPTH: 7}), depth_only(4096, [(512, 1)]), Limits(short_replies=0))
@@ -214,3 +251,309 @@ def test_a_request_that_fails_leaves_the_connection_for_the_next_survey() -> Non
 def test_without_contexts_there_is_nothing_to_read() -> None:
     with pytest.raises(UsageError, match="no metadata context"):
         converse(connected(4096, 1, {}), lambda request: [])
+
+
+# Extended headers.
+
+
+def extended(size: int, flags: int = 0x158F, contexts: dict[str, int] | None = None) -> Connection:
+    ids = MappingProxyType(IDS if contexts is None else contexts)
+    return Connection(Export("disk", size, TransmissionFlag(flags), contexts=ids, replies="extended"), "here")
+
+
+def asked(
+    connection: Connection, tell: Tell, contexts: Sequence[str] | None = None
+) -> tuple[dict[str, ExtentMap], Line]:
+    line = Line(connection, tell)
+    maps = line.run(Survey(connection.export, "here", contexts=contexts).run(connection))
+    assert not line.incoming
+    return maps, line
+
+
+def everything(request: RequestHeader) -> list[bytes]:
+    to = To(request)
+    return [to.status(7, [(request.length, 1)]), to.status(4, [(request.length, 3)], done=True)]
+
+
+def test_an_empty_disk_of_8_eib_needs_few_requests() -> None:
+    size = 2**63 - 1
+    maps, line = asked(extended(size), everything)
+    assert maps == {DEPTH: ExtentMap.uniform(size, 1), BASE: ExtentMap.uniform(size, 3)}
+    assert len(line.requests) < 64
+    assert max(request.length for request in line.requests) > 2**60
+
+
+def test_only_the_contexts_wanted_are_asked_for_where_that_can_be_said() -> None:
+    def tell(request: RequestHeader) -> list[bytes]:
+        return [To(request).status(4, [(4096, 3)], done=True)]
+
+    maps, line = asked(extended(4096), tell, [BASE])
+    assert maps == {BASE: ExtentMap.uniform(4096, 3)}
+    assert line.payloads == [(4096).to_bytes(8, "big") + (4).to_bytes(4, "big")]
+    assert (line.requests[0].flags, line.requests[0].length) == (CommandFlag.PAYLOAD_LEN, 12)
+    with pytest.raises(NbdProtocolError, match=f"none but {BASE}"):
+        asked(extended(4096), lambda request: [To(request).status(7, [(4096, 3)], done=True)], [BASE])
+
+
+def test_contexts_not_wanted_are_ignored_where_that_cannot_be_said() -> None:
+    maps, line = asked(extended(4096, 0x058F), everything, [BASE])
+    assert (list(maps), line.payloads) == ([BASE], [b""])
+    maps, _ = asked(connected(4096), everything, [DEPTH])
+    assert maps == {DEPTH: ExtentMap.uniform(4096, 1)}
+    for wrong in (["x:y"], [], "base:allocation"):
+        with pytest.raises(UsageError):
+            asked(connected(4096), everything, wrong)
+
+
+@pytest.mark.parametrize(
+    ("tell", "match"),
+    [
+        (lambda to: [to.status(7, [(4096, 2**32)])], "the status 0x100000000 for .*, expected 32 bits"),
+        (lambda to: [to.status(7, [(4097, 1)])], "past the export's end"),
+        (lambda to: [to.status(7, [(2**64 - 1, 1)])], "past the export's end"),
+        (lambda to: [to.status(7, [(2**63, 1), (2**63, 1)])], "begin at 0x8000000000000000"),
+        (lambda to: [to.status(7, [(512, 1), (2**64 - 512, 1), (512, 1)])], "begin at 0x200"),
+        (lambda to: [to.status(7, [(512, 1), (2**64 - 256, 1)])], "begin at 0x200"),
+        (lambda to: [to.status(7, [(0, 1)])], "length 0"),
+        (lambda to: [to.status(7, [(4096, 1)], count=2)], "of 1 extents that tells of 2"),
+        (lambda to: [to.status(7, [])], "with 8 bytes"),
+        (lambda to: [to.chunk(6, bytes(23))], "with 23 bytes"),
+        (lambda to: [to.chunk(6, length=2**40)], "bytes in reply"),
+        (lambda to: [to.chunk(5, bytes(12))], "answers nothing that was asked"),
+    ],
+)
+def test_what_cannot_be_true_of_64_bits_is_not_believed(tell: Callable[[To], list[bytes]], match: str) -> None:
+    connection = extended(4096, contexts={DEPTH: 7})
+    with pytest.raises(NbdProtocolError, match=match):
+        asked(connection, lambda request: tell(To(request)))
+    assert not connection.live
+
+
+def test_a_context_of_somebody_else_may_have_64_bits() -> None:
+    tell: Tell = lambda request: [To(request).status(7, [(512, 2**64 - 1), (3584, 0)], done=True)]  # noqa: E731
+    maps, _ = asked(extended(4096, contexts={"x:y": 7}), tell)
+    assert maps["x:y"].at(0) == 2**64 - 1
+
+
+# A single request.
+
+
+def once(connection: Connection, tell: Tell, offset: int, length: int, *, one: bool = False) -> dict[str, ExtentMap]:
+    return Line(connection, tell).run(Survey(connection.export, "here", offset, length).once(connection, one=one))
+
+
+def test_a_single_request_tells_what_the_server_chose_to_tell() -> None:
+    def tell(request: RequestHeader) -> list[bytes]:
+        assert (request.offset, request.length, request.flags) == (512, 2048, 0)
+        return list(both([(512, 1), (512, 2)], [(4096, 0)])(request))
+
+    maps = once(connected(1 << 20), tell, 512, 2048)
+    assert maps == {DEPTH: ExtentMap.of_extents([(512, 1), (512, 2)]), BASE: ExtentMap.uniform(2048, 0)}
+
+
+def test_a_single_request_for_one_extent() -> None:
+    connection = connected(1 << 20)
+    maps = once(connection, both([(512, 1)], [(1024, 0)]), 0, 2048, one=True)
+    assert maps == {DEPTH: ExtentMap.uniform(512, 1), BASE: ExtentMap.uniform(1024, 0)}
+    with pytest.raises(NbdProtocolError, match=r"2 extents for .*REQ_ONE"):
+        once(connection, both([(512, 1), (512, 0)], [(1024, 0)]), 0, 2048, one=True)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(1, 512), (512, 1), (0, 0), (0, 2**32)])
+def test_a_single_request_that_cannot_be_made(offset: int, length: int) -> None:
+    with pytest.raises(UsageError, match="cannot be asked about at once"):
+        once(connected(1 << 40, 512), lambda request: [], offset, length)
+
+
+# Losses, and what is borne.
+
+
+def test_after_a_loss_only_what_is_missing_is_asked_for_and_ids_may_change() -> None:
+    size = 4 * FIRST_SPAN
+    first = connected(size)
+    second = connected(size, contexts={BASE: 1, DEPTH: 2})
+    survey = Survey(first.export, "here")
+    with pytest.raises(NbdDisconnectedError):
+        Line(first, lambda request: honest(request, 0) if request.offset < 2 * FIRST_SPAN else []).run(
+            survey.run(first)
+        )
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        to = To(request)
+        return [to.status(1, [(request.length, 0)]), to.status(2, [(request.length, 1)], done=True)]
+
+    line = Line(second, tell)
+    assert line.run(survey.run(second)) == {DEPTH: ExtentMap.uniform(size, 1), BASE: ExtentMap.uniform(size, 0)}
+    assert [request.offset for request in line.requests] == [2 * FIRST_SPAN, 3 * FIRST_SPAN]
+
+
+LENIENT: dict[Quirk, tuple[Tell, list[tuple[int, int]]]] = {
+    Quirk.UNKNOWN_CONTEXT: (
+        lambda r: [status(r.cookie, 99, [(1, 1)]), status(r.cookie, 7, [(r.length, 1)], done=True)],
+        [(4096, 1)],
+    ),
+    Quirk.EXTENT_PAST_EXPORT: (
+        lambda r: [status(r.cookie, 7, [(512, 2), (1 << 30, 1)], done=True)],
+        [(512, 2), (3584, 1)],
+    ),
+    Quirk.ZERO_LENGTH_EXTENT: (
+        lambda r: [status(r.cookie, 7, [(min(512, r.length), r.offset), (0, 5), (512, 6)], done=True)],
+        [(512, n * 512) for n in range(8)],
+    ),
+    Quirk.EXTRA_EXTENT: (
+        lambda r: [status(r.cookie, 7, [(512, 2), (3584, 1), (512, 9)], done=True)],
+        [(512, 2), (3584, 1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("quirk", Quirk)
+def test_faults_are_borne_one_by_one(quirk: Quirk) -> None:
+    tell, expected = LENIENT[quirk]
+    for lenient in (frozenset[Quirk](), frozenset(Quirk) - {quirk}):
+        connection = connected(4096, 1, {DEPTH: 7})
+        with pytest.raises(NbdProtocolError):
+            Line(connection, tell).run(Survey(connection.export, "here", lenient=lenient).run(connection))
+    connection = connected(4096, 1, {DEPTH: 7})
+    survey = Survey(connection.export, "here", lenient=frozenset({quirk}))
+    assert Line(connection, tell).run(survey.run(connection)) == {DEPTH: ExtentMap.of_extents(expected)}
+
+
+def test_zero_length_extents_only_are_never_borne() -> None:
+    connection = connected(4096, 1, {DEPTH: 7})
+    survey = Survey(connection.export, "here", lenient=frozenset(Quirk))
+    with pytest.raises(NbdProtocolError, match="length 0"):
+        Line(connection, depth_only(4096, [(0, 1)])).run(survey.run(connection))
+
+
+# Many requests at once.
+
+
+def emptiness(request: RequestHeader) -> list[bytes]:
+    return [status(request.cookie, 7, [(request.length, 0)], done=True)]
+
+
+HUGE = 1500 << 32
+
+
+def test_a_huge_empty_disk_is_asked_about_by_the_hundred() -> None:
+    connection = connected(HUGE, 65536, {DEPTH: 7})
+    maps, count = converse(connection, emptiness)
+    assert maps == {DEPTH: ExtentMap.uniform(HUGE, 0)}
+    assert 1500 < count < 1530
+    assert connection.messages < 300
+    assert not connection.busy
+
+
+ODD_REPLIES: dict[str, Tell] = {
+    "two extents": lambda r: [status(r.cookie, 7, [(65536, 1), (r.length - 65536, 0)], done=True)],
+    "short": lambda r: [status(r.cookie, 7, [(2**31 + 65536, 5)], done=True)],
+    "too long": lambda r: [status(r.cookie, 7, [(2**32 - 1, 0)], done=True)],
+    "done later": lambda r: [status(r.cookie, 7, [(r.length, 2)]), chunk(r.cookie, 0, done=True)],
+    "failure at first": lambda r: [failure(r.cookie, 5, done=False), *emptiness(r)],
+}
+
+
+@pytest.mark.parametrize("case", ODD_REPLIES)
+@given(st.sets(st.integers(50, 1400), min_size=1, max_size=20), st.integers(0, 2**32))
+@settings(max_examples=15, deadline=None)
+def test_replies_that_are_not_the_expected_one_are_judged_by_themselves(case: str, odd: set[int], seed: int) -> None:
+    connection = connected(HUGE, 512, {DEPTH: 7})
+    held: list[bytes] = []
+    chance = Random(seed)
+    expected_failure = case == "failure at first"
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        number = request.offset >> 32
+        told = ODD_REPLIES[case](request) if number in odd and request.length > 2**31 else emptiness(request)
+        if chance.random() < 0.1:
+            held.append(b"".join(told))
+            return []
+        if held and chance.random() < 0.5:
+            told = [*told, *held]
+            held.clear()
+        return [*told]
+
+    line = Line(connection, tell)
+    job = Survey(connection.export, "here").run(connection)
+    receive = line.receive
+
+    def receive_or_release() -> None:
+        if not line.incoming:
+            line.incoming += b"".join(held)
+            held.clear()
+        receive()
+
+    line.receive = receive_or_release  # type: ignore[method-assign]
+    if expected_failure:
+        with pytest.raises(NbdRequestError, match="EIO"):
+            line.run(job)
+        assert connection.live
+        return
+    (mapped,) = line.run(job).values()
+    assert mapped.size == HUGE
+    assert not connection.busy
+    if case == "too long":
+        assert mapped == ExtentMap.uniform(HUGE, 0)
+    else:
+        assert len(mapped) > 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (lambda r: [*emptiness(r), *emptiness(r)], None),
+        (lambda r: [status(r.cookie, 8, [(r.length, 0)], done=True)], "context id 8"),
+        (lambda r: [status(r.cookie, 7, [(0, 0)], done=True)], "length 0"),
+        (lambda r: [status(r.cookie + 10**6, 7, [(r.length, 0)], done=True)], "unknown cookie"),
+        (lambda r: [status(1, 7, [(r.length, 0)], done=True)], None),
+        (lambda r: [b"\0" * 32], "begins with 0x00000000"),
+        (lambda r: [chunk(r.cookie, 0, done=True)], "no chunk for"),
+    ],
+)
+def test_what_cannot_be_true_is_not_believed_of_many_either(wrong: Tell, match: str | None) -> None:
+    connection = connected(HUGE, 512, {DEPTH: 7})
+    with contextlib.ExitStack() as stack:
+        if match is not None:
+            stack.enter_context(pytest.raises(NbdProtocolError, match=match))
+        else:
+            stack.enter_context(contextlib.suppress(NbdProtocolError, NbdDisconnectedError))
+        maps, _ = converse(connection, lambda r: wrong(r) if r.offset >> 32 == 1000 else emptiness(r))
+        assert maps == {DEPTH: ExtentMap.uniform(HUGE, 0)}
+
+
+def test_many_requests_given_up_or_lost() -> None:
+    export = connected(HUGE, 512, {DEPTH: 7}).export
+    first, second = Connection(export, "here"), Connection(export, "here")
+    survey = Survey(export, "here")
+    answered = 0
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        nonlocal answered
+        answered += 1
+        return emptiness(request) if answered < 700 or request.offset % 3 else []
+
+    with pytest.raises(NbdDisconnectedError):
+        Line(first, tell).run(survey.run(first))
+    line = Line(second, emptiness)
+    assert line.run(survey.run(second)) == {DEPTH: ExtentMap.uniform(HUGE, 0)}
+    given_up = Connection(export, "here")
+    job = Survey(export, "here").run(given_up)
+    waits, line = 0, Line(given_up)
+    operation = next(job)
+    while waits < 20 or isinstance(operation, Send):
+        assert not isinstance(operation, Give)
+        if isinstance(operation, Send):
+            line.tell = emptiness
+            line._sent(operation)
+        else:
+            waits += 1
+            while not operation.batch.finished:
+                line.receive()
+        operation = job.send(b"")
+    assert isinstance(operation, Wait)
+    job.close()
+    while given_up.busy:
+        line.receive()
+    assert not line.incoming
+    assert given_up.live

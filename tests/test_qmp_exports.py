@@ -31,7 +31,7 @@ from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory, dead_runs
 from tests.servers import Server, blockdev, qemu, storage_daemon, wait_until
 
-SOON = Deadline(60)
+SOON = Deadline(None)  # pytest bounds each test
 
 pytestmark = pytest.mark.real
 

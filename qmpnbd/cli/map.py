@@ -13,7 +13,7 @@ _DEPTH = "qemu:allocation-depth"
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     parser = commands.add_parser("map", help="show what an NBD server says of an export", allow_abbrev=False)
-    parser.add_argument("uri", metavar="URI", help="nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH")
+    parser.add_argument("uri", metavar="URI", help="nbd[s]://HOST[:PORT]/EXPORT or nbd[s]+unix:///EXPORT?socket=PATH")
     parser.add_argument(
         "--context",
         action="append",
@@ -24,6 +24,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     form.add_argument("--nbdinfo", action="store_true", help="print the very JSON of nbdinfo --map=NAME --json")
     form.add_argument("--json", action="store_true", help="print one JSON document (schema qmpnbd.map/1)")
     options.add_timeout(parser, _SECONDS)
+    options.add_tls(parser)
     parser.set_defaults(run=run)
 
 
@@ -37,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.nbdinfo and len(contexts) > 1:
         raise UsageError("several contexts", where="--nbdinfo", remedy="nbdinfo's form has room for one.")
     deadline = Deadline(arguments.timeout)
-    with Client.connect(arguments.uri, contexts=contexts, deadline=deadline) as client:
-        maps = client.maps(deadline)
+    with Client.connect(arguments.uri, contexts=contexts, deadline=deadline, tls=options.tls(arguments)) as client:
+        maps = client.maps(deadline=deadline)
         size = client.export.size
     # Each form brings its own renderer in: pydantic alone takes longer than reading most maps.
     if arguments.nbdinfo:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qmpnbd.nbd.tls import Tls
 
 
 def seconds(text: str) -> float:
@@ -47,4 +51,37 @@ def add_monitor(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="ADDRESS",
         help="where QEMU's QMP monitor listens: PATH, unix:PATH, HOST:PORT or tcp:HOST:PORT",
+    )
+
+
+def add_tls(parser: argparse.ArgumentParser) -> None:
+    """Adds what TLS needs beside the URI; `tls` makes the parameters of it."""
+    group = parser.add_argument_group(
+        "TLS", "for nbds:// and nbds+unix://; each of these demands it for other URIs, too"
+    )
+    group.add_argument(
+        "--tls-certificates",
+        metavar="DIR",
+        default="",
+        help="folder with ca-cert.pem, and client-cert.pem and client-key.pem if the server asks who we are "
+        "(default: the authorities the system trusts)",
+    )
+    group.add_argument(
+        "--tls-hostname", metavar="NAME", default="", help="name in the server's certificate (default: the URI's host)"
+    )
+    group.add_argument(
+        "--tls-no-verify", action="store_true", help="encrypt, but do not have the server prove who it is"
+    )
+
+
+def tls(arguments: argparse.Namespace) -> Tls | None:
+    """Returns the parameters of TLS that were given, or None if none was."""
+    if not (arguments.tls_certificates or arguments.tls_hostname or arguments.tls_no_verify):
+        return None
+    from qmpnbd.nbd.tls import Tls
+
+    return Tls(
+        certificates=arguments.tls_certificates,
+        hostname=arguments.tls_hostname,
+        verify=False if arguments.tls_no_verify else None,
     )

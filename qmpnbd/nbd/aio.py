@@ -5,50 +5,106 @@
     uri = NbdUri.unix("/run/nbd.sock", "disk")
     async with await Client.connect(uri, contexts=["qemu:allocation-depth"]) as client:
         depth = (await client.maps())["qemu:allocation-depth"]
+        first, last = await asyncio.gather(client.read(0, 512), client.read(client.export.size - 512, 512))
 
-Cancelling a call closes the socket and leaves no task behind: there is none, every wait is the caller's own. Of a
-Deadline the time counts; to stop early, cancel.
+Any number of calls may be under way at once. Cancelling one, or its deadline, ends that one only: what the server still
+says to it is dropped. There is no task that could be left behind. Of a Deadline the time counts; to stop early, cancel.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import QmpnbdError, UsageError
+from qmpnbd.errors import NbdConnectError, NbdDisconnectedError
 from qmpnbd.extents import ExtentMap
-from qmpnbd.nbd.aio_sockets import Stream, drive, open_stream
+from qmpnbd.nbd import commands, transfer
+from qmpnbd.nbd.aio_runner import Runner
+from qmpnbd.nbd.aio_sockets import Stream, bounded, drive, open_stream
 from qmpnbd.nbd.client import CLOSE_PATIENCE
-from qmpnbd.nbd.connection import Connection
+from qmpnbd.nbd.connection import Connection, State
+from qmpnbd.nbd.export import Replies
 from qmpnbd.nbd.handshake import Export, handshake
-from qmpnbd.nbd.survey import Limits, survey
+from qmpnbd.nbd.policy import UriPolicy, admitted
+from qmpnbd.nbd.quirks import Quirk
+from qmpnbd.nbd.reconnect import Reconnect, Statistics, require_same
+from qmpnbd.nbd.requests import Job
+from qmpnbd.nbd.survey import Limits, Survey
+from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.uri import NbdUri
-from qmpnbd.nbd.wire import Program
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """How to connect, and to connect again."""
+
+    uri: NbdUri
+    tls: Tls | None
+    contexts: Sequence[str]
+    best: Replies
+    request_seconds: float | None
+
+    async def open(self, deadline: Deadline) -> Runner:
+        where = str(self.uri)
+        stream = await open_stream(self.uri, deadline, where)
+        try:
+            program = handshake(self.uri.export, self.contexts, where, self.tls, self.best)
+            export = await drive(program, stream, deadline)
+        except BaseException:
+            stream.close()
+            raise
+        return Runner(stream, Connection(export, where), self.request_seconds)
 
 
 class Client:
     """An open connection to one export. Make it with `connect`; it is an asynchronous context manager.
 
-    A client serves one call at a time. After an error other than NbdRequestError, NbdUnsupportedError or UsageError
-    the connection is closed; every later call says so.
+    Any number of calls may be under way at once.
+
+    Offsets and lengths are in bytes. Those of data must be multiples of `export.minimum_block`, those of maps need not.
+    Calls split what is too long for one request. All of them raise, beside what they name:
+
+    - UsageError: the client is closed, or a range is not in the export or not made of its blocks;
+    - DeadlineError: the time is over, that of the call or `request_seconds`; the client can be used further;
+    - NbdRequestError: the server could not do it; the client can be used further;
+    - NbdProtocolError: the server broke the protocol; the connection is closed, as every later call says;
+    - NbdDisconnectedError: the server ended the connection.
 
     Attributes:
         where: server and export, printable.
     """
 
-    def __init__(self, stream: Stream, connection: Connection) -> None:
-        self._stream = stream
-        self._connection = connection
-        self.where = connection.where
+    def __init__(
+        self, address: _Address | None, runner: Runner, reconnect: Reconnect | None, lenient: frozenset[Quirk]
+    ) -> None:
+        self._address = address
+        self._runner = runner
+        self._reconnect = reconnect
+        self._lenient = lenient
+        self._past = Statistics()
+        self._lock = asyncio.Lock()
+        self.where = runner.connection.where
 
     @classmethod
     async def connect(
-        cls, uri: str | NbdUri, *, contexts: Sequence[str] = (), deadline: Deadline | None = None
+        cls,
+        uri: str | NbdUri,
+        *,
+        contexts: Sequence[str] = (),
+        deadline: Deadline | None = None,
+        tls: Tls | None = None,
+        policy: UriPolicy | None = None,
+        best: Replies = "extended",
+        request_seconds: float | None = None,
+        reconnect: Reconnect | None = None,
+        lenient: frozenset[Quirk] = frozenset(),
     ) -> Self:
         """Connects and agrees on an export ("Handshake phase" of doc/proto.md).
 
@@ -56,6 +112,13 @@ class Client:
             uri: where the export is.
             contexts: the metadata contexts to read maps of; all of them must be offered.
             deadline: how long it may take. The greeting alone never takes more than 10 s.
+            tls: how to encrypt, completed by what the URI says; None to leave it to the URI.
+            policy: what the URI may ask for.
+            best: the form of replies not to be exceeded, to try out the lesser ones.
+            request_seconds: how long the server may take to answer a request, whatever time a call has; None for as
+                long as the call has.
+            reconnect: how to go on with what reads after the connection was lost; None to tell the loss.
+            lenient: which known faults of servers to bear; none by default.
 
         Raises:
             UsageError: the URI or a name cannot be right.
@@ -63,70 +126,243 @@ class Client:
             NbdConnectError: nobody answers there, or does not greet.
             NbdProtocolError: what answers does not speak NBD, or broke the protocol.
             NbdRefusedError: the server refused: no such export, TLS required.
+            NbdTlsError: TLS is wanted and did not come about.
             NbdContextError: a context is not offered.
             NbdUnsupportedError: the server or the URI needs what is not supported.
             NbdDisconnectedError: the server ended the connection.
         """
-        parsed = NbdUri.parse(uri) if isinstance(uri, str) else uri
-        where, deadline = str(parsed), deadline or Deadline(None)
-        stream = await open_stream(parsed, deadline, where)
-        try:
-            export = await drive(handshake(parsed.export, contexts, where), stream, deadline)
-        except BaseException:
-            stream.close()
-            raise
-        return cls(stream, Connection(export, where))
+        parsed, encrypted = admitted(uri, tls, policy)
+        address = _Address(parsed, encrypted, contexts, best, request_seconds)
+        return cls(address, await address.open(deadline or Deadline(None)), reconnect, lenient)
+
+    @classmethod
+    def agreed(cls, stream: Stream, export: Export, where: str) -> Self:
+        """Makes a client of a stream on which an export was agreed already."""
+        return cls(None, Runner(stream, Connection(export, where), None), None, frozenset())
 
     @property
     def export(self) -> Export:
         """What was agreed on."""
-        return self._connection.export
+        return self._runner.connection.export
 
-    async def maps(self, deadline: Deadline | None = None, *, limits: Limits | None = None) -> dict[str, ExtentMap]:
-        """Reads the map of every context agreed on ("Request types", NBD_CMD_BLOCK_STATUS).
+    @property
+    def statistics(self) -> Statistics:
+        """What was done so far."""
+        past, stream, connection = self._past, self._runner.stream, self._runner.connection
+        return Statistics(
+            past.requests + connection.requests,
+            past.messages + connection.messages,
+            past.sent + stream.sent,
+            past.received + stream.received,
+            past.connections + 1,
+        )
+
+    async def read(
+        self, offset: int, length: int, *, unfragmented: bool = False, deadline: Deadline | None = None
+    ) -> bytearray:
+        """Reads bytes ("NBD_CMD_READ").
 
         Args:
+            offset: first byte.
+            length: bytes.
+            unfragmented: have each piece of up to 1 MiB answered at once (NBD_CMD_FLAG_DF). Servers may refuse more
+                than 64 KiB of it.
+            deadline: how long it may take.
+
+        Raises:
+            NbdUnsupportedError: `unfragmented`, and the export does not know it.
+        """
+        buffer = transfer.new_buffer(self.export, self.where, offset, length)
+        await self.read_into(offset, buffer, unfragmented=unfragmented, deadline=deadline)
+        return buffer
+
+    async def read_into(
+        self, offset: int, buffer: Any, *, unfragmented: bool = False, deadline: Deadline | None = None
+    ) -> None:
+        """Reads as many bytes as a buffer has, straight into it ("NBD_CMD_READ").
+
+        After an error its content is undefined, and nothing is written into it any more.
+
+        Args:
+            offset: first byte.
+            buffer: anything writable and contiguous.
+            unfragmented: see `read`.
+            deadline: how long it may take.
+
+        Raises:
+            NbdUnsupportedError: `unfragmented`, and the export does not know it.
+        """
+        view = transfer.writable_view(buffer, self.where)
+        reading = transfer.Reading(self.export, self.where, offset, view, unfragmented=unfragmented)
+        await self._read(reading.run, deadline)
+
+    async def chunks(
+        self,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        size: int = transfer.PIECE,
+        in_flight: int = transfer.IN_FLIGHT,
+        deadline: Deadline | None = None,
+    ) -> AsyncIterator[tuple[int, memoryview]]:
+        """Reads ranges piece by piece, several requests in flight: the fast way to read much ("NBD_CMD_READ").
+
+        The pieces come in the order in which the server answers. Whoever leaves early closes the iterator
+        (`contextlib.aclosing`), and the answers still to come are dropped.
+
+        Args:
+            ranges: offset and length of each range.
+            size: bytes of a piece at most.
+            in_flight: requests in flight.
+            deadline: how long it may take, with what the caller does in between.
+
+        Yields:
+            Offset and data of a piece. The data is good until the next piece is asked for: buffers are reused.
+        """
+        plan = transfer.Chunks(self.export, self.where, ranges, size=size, in_flight=in_flight)
+        while True:
+            runner = self._runner
+            try:
+                async with contextlib.aclosing(runner.give(plan.run(runner.connection), deadline)) as gives:
+                    async for piece in gives:
+                        yield piece
+            except NbdDisconnectedError as error:
+                await self._again(runner, error, deadline)
+            else:
+                return
+
+    async def write(self, offset: int, data: Any, *, fua: bool = False, deadline: Deadline | None = None) -> None:
+        """Writes bytes ("NBD_CMD_WRITE"). After an error some of them may have been written.
+
+        Args:
+            offset: first byte.
+            data: anything contiguous. It may be changed again when the call has ended, whichever way.
+            fua: have it made durable before the server answers.
+            deadline: how long it may take.
+
+        Raises:
+            NbdUnsupportedError: the export is read-only, or does not know `fua`.
+        """
+        view = transfer.readable_view(data, self.where)
+        await self._run(lambda connection: transfer.write(connection, offset, view, fua=fua), deadline)
+
+    async def write_zeroes(
+        self,
+        offset: int,
+        length: int,
+        *,
+        no_hole: bool = False,
+        fast: bool = False,
+        fua: bool = False,
+        deadline: Deadline | None = None,
+    ) -> None:
+        """Has a range read as zeroes ("NBD_CMD_WRITE_ZEROES"). After an error some of it may.
+
+        Args:
+            offset: first byte.
+            length: bytes.
+            no_hole: have space allocated for it.
+            fast: have it fail with ENOTSUP (95) where it is no faster than writing.
+            fua: have it made durable before the server answers.
+            deadline: how long it may take.
+
+        Raises:
+            NbdUnsupportedError: the export is read-only, or does not know what is asked for.
+        """
+        await self._run(
+            lambda connection: commands.write_zeroes(connection, offset, length, no_hole=no_hole, fast=fast, fua=fua),
+            deadline,
+        )
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False, deadline: Deadline | None = None) -> None:
+        """Tells the server that a range is not needed any more; what it reads as is undefined ("NBD_CMD_TRIM").
+
+        Args:
+            offset: first byte.
+            length: bytes.
+            fua: have it made durable before the server answers.
+            deadline: how long it may take.
+
+        Raises:
+            NbdUnsupportedError: the export is read-only, or does not know what is asked for.
+        """
+        await self._run(lambda connection: commands.trim(connection, offset, length, fua=fua), deadline)
+
+    async def cache(self, offset: int, length: int, *, deadline: Deadline | None = None) -> None:
+        """Tells the server that a range will be read soon ("NBD_CMD_CACHE").
+
+        Raises:
+            NbdUnsupportedError: the export does not know it.
+        """
+        await self._run(lambda connection: commands.cache(connection, offset, length), deadline)
+
+    async def flush(self, deadline: Deadline | None = None) -> None:
+        """Has everything written so far made durable ("NBD_CMD_FLUSH").
+
+        Raises:
+            NbdUnsupportedError: the export offers no flush.
+        """
+        await self._run(commands.flush, deadline)
+
+    async def maps(
+        self,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        contexts: Collection[str] | None = None,
+        deadline: Deadline | None = None,
+        limits: Limits | None = None,
+    ) -> dict[str, ExtentMap]:
+        """Reads the maps of a range ("NBD_CMD_BLOCK_STATUS"); by default of the whole export, in all its contexts.
+
+        Args:
+            offset: first byte.
+            length: bytes; None for all the rest.
+            contexts: some of those named when connecting; None for all of them.
             deadline: how long it may take.
             limits: how much the server may make us collect.
 
         Returns:
-            For each context a map of exactly the export's size.
+            For each context a map of exactly `length` bytes, whose byte 0 is the one at `offset`.
 
         Raises:
-            UsageError: no context was agreed on, or the client is closed.
-            DeadlineError: the time is over.
-            NbdRequestError: the server cannot tell the status of some range; the client can be used further.
-            NbdProtocolError: a reply that cannot be true.
             NbdUnsupportedError: more extents than `limits` allows.
-            NbdDisconnectedError: the server ended the connection.
         """
-        return await self._run(survey(self._connection, limits), deadline)
+        survey = Survey(
+            self.export, self.where, offset, length, contexts=contexts, limits=limits, lenient=self._lenient
+        )
+        return await self._read(survey.run, deadline)
 
-    async def flush(self, deadline: Deadline | None = None) -> None:
-        """Has everything written so far made durable ("Request types", NBD_CMD_FLUSH).
+    async def block_status(
+        self,
+        offset: int,
+        length: int,
+        *,
+        one: bool = False,
+        contexts: Collection[str] | None = None,
+        deadline: Deadline | None = None,
+    ) -> dict[str, ExtentMap]:
+        """Makes a single request for the status of a range and returns what the server chose to tell of it.
 
-        Raises:
-            UsageError: the client is closed.
-            DeadlineError: the time is over.
-            NbdUnsupportedError: the export offers no flush.
-            NbdRequestError: it failed at the server; the client can be used further.
-            NbdProtocolError: a reply that makes no sense.
-            NbdDisconnectedError: the server ended the connection.
+        Args:
+            offset: first byte, a multiple of the smallest block.
+            length: bytes, likewise; as many as fit into one request.
+            one: have only the first extent of each context told (NBD_CMD_FLAG_REQ_ONE).
+            contexts: some of those named when connecting; None for all of them.
+            deadline: how long it may take.
+
+        Returns:
+            For each context a map that begins at `offset`. It may be shorter than `length`, and the maps may differ in
+            length.
         """
-        await self._run(self._connection.flush(), deadline)
+        survey = Survey(self.export, self.where, offset, length, contexts=contexts, lenient=self._lenient)
+        return await self._run(lambda connection: survey.once(connection, one=one), deadline)
 
     async def close(self) -> None:
-        """Takes leave and closes; never fails, and may be called again ("Terminating the transmission phase")."""
-        if self._connection.busy:
-            self._connection.closed()
-            self._stream.shut_down()  # the call under way fails, and closes
-            return
-        try:
-            with contextlib.suppress(QmpnbdError):
-                await drive(self._connection.disconnect(), self._stream, Deadline(CLOSE_PATIENCE))
-        finally:
-            self._connection.closed()
-            self._stream.close()
+        """Takes leave and closes; never fails, and may be called again ("Terminating the transmission phase").
+
+        A call under way in another task ends with NbdDisconnectedError.
+        """
+        await self._runner.close(CLOSE_PATIENCE)
 
     async def __aenter__(self) -> Self:
         return self
@@ -136,14 +372,45 @@ class Client:
     ) -> None:
         await self.close()
 
-    async def _run(self, program: Program[_T], deadline: Deadline | None) -> _T:
-        """Drives a program; where it leaves the conversation out of step, the connection is over."""
+    async def _run(self, begin: Callable[[Connection], Job[_T]], deadline: Deadline | None) -> _T:
+        """Runs what must not be done twice."""
+        runner = self._runner
+        return await runner.run(begin(runner.connection), deadline)
+
+    async def _read(self, begin: Callable[[Connection], Job[_T]], deadline: Deadline | None) -> _T:
+        """Runs what reads and can be taken up again on another connection."""
+        while True:
+            runner = self._runner
+            try:
+                return await runner.run(begin(runner.connection), deadline)
+            except NbdDisconnectedError as error:
+                await self._again(runner, error, deadline)
+
+    async def _again(self, lost: Runner, error: NbdDisconnectedError, deadline: Deadline | None) -> None:
+        """Connects again, or raises the loss; what other calls have achieved meanwhile counts."""
+        if self._reconnect is None or self._address is None or lost.connection.state is State.CLOSED:
+            raise error
+        async with self._lock:
+            if self._runner is not lost:
+                return
+            clock, failure = deadline or Deadline(None), error
+            for _ in range(self._reconnect.attempts):
+                async with bounded(clock, "the next try to connect again", self.where):
+                    await asyncio.sleep(self._reconnect.delay)
+                try:
+                    runner = await self._address.open(clock)
+                except (NbdConnectError, NbdDisconnectedError) as again:
+                    failure = NbdDisconnectedError(f"{error.what}; then: {again.what}", where=self.where)
+                    continue
+                await self._take(runner)
+                return
+            raise failure from error
+
+    async def _take(self, runner: Runner) -> None:
+        """Goes on with another connection."""
         try:
-            return await drive(program, self._stream, deadline or Deadline(None))
-        except UsageError:
-            raise  # nothing was sent; what is out of step is another task's call
-        except BaseException:
-            if not self._connection.in_step:
-                self._connection.lose()
-                self._stream.close()
+            require_same(self.export, runner.connection.export, self.where)
+        except NbdDisconnectedError:
+            await runner.close(CLOSE_PATIENCE)
             raise
+        self._past, self._runner = replace(self.statistics), runner

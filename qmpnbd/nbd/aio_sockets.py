@@ -6,30 +6,34 @@ import asyncio
 import contextlib
 import errno
 import os
+import select
 import socket
 from collections.abc import AsyncIterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import DeadlineError, NbdConnectError, QmpnbdError
+from qmpnbd.errors import DeadlineError, NbdConnectError, NbdTlsError, QmpnbdError
+from qmpnbd.nbd import constants
+from qmpnbd.nbd.channel import Channel
 from qmpnbd.nbd.sockets import (
     CONNECT_PATIENCE,
     RETRY_INTERVAL,
     Address,
-    Inbox,
     connect_failed,
-    disconnected,
     new_socket,
     unix_address,
 )
 from qmpnbd.nbd.uri import NbdUri
-from qmpnbd.nbd.wire import Program, Receive, Received, Send
+from qmpnbd.nbd.wire import Program, Receive, Received, Send, StartTls
+
+if TYPE_CHECKING:
+    from qmpnbd.nbd.tls_socket import TlsSocket
 
 _T = TypeVar("_T")
 
 
 @contextlib.asynccontextmanager
-async def bounded(deadline: Deadline, what: str, where: str) -> AsyncIterator[None]:
+async def bounded(deadline: Deadline, what: object, where: str) -> AsyncIterator[None]:
     """Ends what is awaited inside when the time is over.
 
     Raises:
@@ -45,65 +49,75 @@ async def bounded(deadline: Deadline, what: str, where: str) -> AsyncIterator[No
         raise
 
 
-class Stream:
-    """A socket that sends all, receives exactly, and is never waited for longer than allowed."""
+class Stream(Channel):
+    """A channel that can be awaited, never longer than allowed."""
 
-    def __init__(self, sock: socket.socket, where: str) -> None:
-        self._sock = sock
-        self._where = where
-        self._inbox = Inbox()
-
-    async def perform(self, operation: Send | Receive, deadline: Deadline) -> Received:
-        """Does what a program asks for.
+    async def perform(self, operation: Send | Receive | StartTls, deadline: Deadline) -> Received:
+        """Does what a program of the handshake asks for.
 
         Raises:
             DeadlineError: the caller's time is over.
             TimeoutError: the operation's own patience is over.
             NbdDisconnectedError: the connection ended.
+            NbdTlsError: TLS did not come about.
         """
+        if isinstance(operation, StartTls):
+            await self._shake(self.start_tls(operation.tls), deadline)
+            return b""
         if isinstance(operation, Send):
-            await self._send(operation.data, deadline)
+            self.push(operation.data, operation.payload)
+            async with bounded(deadline, "the server to take a request", self.where):
+                while not self.flush():
+                    await self.writable()
             return b""
         clock = deadline if operation.patience is None else deadline.within(operation.patience)
         try:
-            return await self._receive(operation.count, operation.what, clock)
+            async with bounded(clock, operation.what, self.where):
+                while not self.receive(operation):
+                    await self.readable()
         except DeadlineError as error:
-            deadline.check(operation.what, self._where)
+            deadline.check(operation.what, self.where)
             raise TimeoutError(error.what) from error
+        return self.take()
 
-    def close(self) -> None:
-        """Closes the socket."""
-        self._sock.close()
+    async def _shake(self, secure: TlsSocket, deadline: Deadline) -> None:
+        what = "the TLS handshake"
+        try:
+            async with bounded(deadline.within(constants.TLS_PATIENCE), what, self.where):
+                while (events := secure.shake()) is not None:
+                    await (self.readable() if events == select.POLLIN else self.writable())
+        except DeadlineError as error:
+            deadline.check(what, self.where)
+            raise NbdTlsError("the server is silent in the middle of the TLS handshake", where=self.where) from error
 
-    def shut_down(self) -> None:
-        """Ends the conversation, so that whoever waits for the socket learns of it."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-
-    async def _send(self, data: bytes, deadline: Deadline) -> None:
-        async with bounded(deadline, "the server to take a request", self._where):
-            try:
-                await asyncio.get_running_loop().sock_sendall(self._sock, data)
-            except OSError as error:
-                raise disconnected("a request", None, self._where, error) from error
-
-    async def _receive(self, count: int, what: str, deadline: Deadline) -> bytearray:
-        self._inbox.ask(count)
-        if not self._inbox.complete:  # most headers are here already, and need no clock
-            async with bounded(deadline, what, self._where):
-                await self._fill(what)
-        return self._inbox.take()
-
-    async def _fill(self, what: str) -> None:
+    async def readable(self) -> None:
+        """Waits until something may be received."""
         loop = asyncio.get_running_loop()
-        while not self._inbox.complete:
-            try:
-                got = await loop.sock_recv_into(self._sock, self._inbox.room())
-            except OSError as error:
-                raise disconnected(what, self._inbox, self._where, error) from error
-            if not got:
-                raise disconnected(what, self._inbox, self._where)
-            self._inbox.arrived(got)
+        ready = loop.create_future()
+        loop.add_reader(self._sock, _settle, ready)
+        try:
+            await ready
+        finally:
+            loop.remove_reader(self._sock)
+
+    async def writable(self) -> None:
+        """Waits until something may be sent."""
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+        loop.add_writer(self._sock, _settle, ready)
+        try:
+            await ready
+        finally:
+            loop.remove_writer(self._sock)
+
+    def fileno(self) -> int:
+        """Returns the socket's number, -1 when it is closed."""
+        return self._sock.fileno()
+
+
+def _settle(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 async def _addresses(uri: NbdUri) -> list[Address]:

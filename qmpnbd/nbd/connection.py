@@ -2,14 +2,15 @@
 
 ::
 
-                 request()                     event()                      event()
+                 submit()                      receive()                    receive()
     cookie 1   ------------->  pending   <-- BLOCK_STATUS chunk  ...   <-- chunk with DONE   ---> finished
                                                                                                     |
                                          <-- a late chunk of cookie 1: skipped by its length  <-----+
                                          <-- a cookie nobody knows: the connection is dead
 
-The connection is the one place that knows what state the conversation is in; what it yields is for a door to do (see
-`qmpnbd.nbd.wire`). Replies are events keyed by cookie, so nothing here depends on how many requests are in flight.
+The connection is the one place that knows what state the conversation is in; what its programs yield is for a door to
+do (see `qmpnbd.nbd.requests`). Answers are booked by cookie, so nothing here depends on how many requests are in
+flight, or whose they are.
 
 Late chunks are real: with two metadata contexts, QEMU (5.2 to 10.0) answers a request that failed for the first
 context with an error chunk that says DONE, and goes on to send the chunk of the second one.
@@ -17,17 +18,33 @@ context with an error chunk that says DONE, and goes on to send the chunk of the
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Final
 
-from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError, NbdRequestError, NbdUnsupportedError, UsageError
-from qmpnbd.nbd import constants, wire
-from qmpnbd.nbd.constants import ChunkFlag, ChunkType, Command, TransmissionFlag, WireError
+from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError, UsageError
+from qmpnbd.nbd import constants, messages
+from qmpnbd.nbd.chunk_rules import header_fault, request_failed, unpack_failure
+from qmpnbd.nbd.constants import ChunkFlag, ChunkType, Command, CommandFlag, WireError
 from qmpnbd.nbd.handshake import Export
-from qmpnbd.nbd.wire import Program, Receive, Received, Send
+from qmpnbd.nbd.messages import ChunkHeader, RequestHeader, SimpleReply
+from qmpnbd.nbd.requests import (
+    NOWHERE,
+    Batch,
+    Due,
+    Failure,
+    Job,
+    Look,
+    ReceiveInto,
+    Reception,
+    Request,
+    Sink,
+    Status,
+    Volley,
+    Wait,
+)
+from qmpnbd.nbd.wire import Buffer, Receive, Received, Send
 
 
 class State(Enum):
@@ -46,73 +63,7 @@ _NEXT: Final = {
     State.DEAD: {State.DEAD},
 }
 
-
-@dataclass(slots=True)
-class Request:
-    """A request on its way.
-
-    Attributes:
-        command: what was asked.
-        offset: first byte.
-        length: bytes.
-        chunks: how many came so far, late ones included.
-        failure: the first error the server sent.
-    """
-
-    command: Command
-    offset: int
-    length: int
-    chunks: int = 0
-    failure: Failure | None = None
-
-    def __str__(self) -> str:
-        at = f" [{self.offset:#x}, {self.offset + self.length:#x})" if self.length else ""
-        return f"NBD_CMD_{self.command.name}{at}"
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """A BLOCK_STATUS chunk.
-
-    Attributes:
-        context_id: the metadata context, by its id.
-        entries: big-endian pairs of 32-bit length and 32-bit status, at least one.
-    """
-
-    context_id: int
-    entries: memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An error chunk, or a simple reply that says no.
-
-    Attributes:
-        wire_error: the error number as sent.
-        message: the server's words, printable; may be empty.
-        offset: the byte it is about, if the server told.
-    """
-
-    wire_error: int
-    message: str = ""
-    offset: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What one message of the server means.
-
-    Attributes:
-        cookie: the request it belongs to.
-        request: that request.
-        content: what it brought, if anything.
-        done: whether the request is finished.
-    """
-
-    cookie: int
-    request: Request
-    content: Status | Failure | None
-    done: bool
+_LIVE: Final = {State.OPEN, State.DRAINING}
 
 
 class Connection:
@@ -121,15 +72,25 @@ class Connection:
     Args:
         export: what was agreed.
         where: server and export, for messages.
+
+    Attributes:
+        requests: how many were made.
+        messages: how many were received.
     """
 
     def __init__(self, export: Export, where: str) -> None:
         self.export = export
         self.where = where
+        self.requests = 0
+        self.messages = 0
+        self._extended = export.replies == "extended"
         self._state = State.OPEN
         self._pending: dict[int, Request] = {}
-        self._finished: OrderedDict[int, Request] = OrderedDict()
+        self._finished: dict[int, Request] = {}  # oldest first
+        self._volleys: list[Volley] = []
+        self._filling: tuple[Request, ReceiveInto] | None = None
         self._last_cookie = 0  # counts up and never wraps in practice: no cookie is used twice
+        self._due = Due(self._pending)
 
     @property
     def state(self) -> State:
@@ -137,14 +98,14 @@ class Connection:
         return self._state
 
     @property
-    def in_step(self) -> bool:
-        """Whether the next byte from the server is the first one of an answer to a request not yet made."""
-        return self._state in {State.OPEN, State.DRAINING} and not self._pending
+    def live(self) -> bool:
+        """Whether the server is there and can be believed."""
+        return self._state in _LIVE
 
     @property
     def busy(self) -> bool:
-        """Whether somebody is waiting for an answer."""
-        return self._state in {State.OPEN, State.DRAINING} and bool(self._pending)
+        """Whether an answer is still to come, though perhaps nobody waits for it any more."""
+        return bool(self._pending or self._volleys)
 
     def lose(self) -> None:
         """Declares the connection dead, for instance because the socket is gone."""
@@ -160,179 +121,289 @@ class Connection:
         self._become(State.DEAD)
         return NbdProtocolError(what, where=self.where)
 
-    def call(self, command: Command, offset: int, length: int, take: Callable[[Status], None]) -> Program[None]:
-        """Makes one request and sees it through.
+    # Requests.
+
+    @contextmanager
+    def batch(self) -> Iterator[Batch]:
+        """Makes a batch; what is pending of it at the end is abandoned."""
+        batch = Batch()
+        try:
+            yield batch
+        finally:
+            for request in batch.pending.values():
+                request.sink = NOWHERE
+                if self._filling is not None and self._filling[0] is request:
+                    self._filling[1].buffer = None
+            batch.pending.clear()
+            batch.finished.clear()
+            batch.wake = None
+
+    def submit(
+        self,
+        batch: Batch,
+        command: Command,
+        offset: int = 0,
+        length: int = 0,
+        sink: Sink = NOWHERE,
+        *,
+        flags: int = 0,
+        payload: int | None = None,
+    ) -> bytes:
+        """Books a request and returns its header, which must be sent before anything else is.
 
         Args:
+            batch: the call it belongs to.
             command: what to ask.
             offset: first byte.
-            length: bytes.
-            take: is given each status as it comes.
-
-        Raises:
-            NbdRequestError: the request failed; the connection can be used further.
-            NbdProtocolError: the server broke the protocol.
-            NbdDisconnectedError: the server is shutting down, or the connection was lost before.
-            UsageError: another request is under way, or the connection is closed.
-        """
-        if self._pending:
-            raise UsageError("another request is under way on this connection", where=self.where)
-        yield from self.request(command, offset, length)
-        done = False
-        while not done:
-            event = yield from self.event()
-            if isinstance(event.content, Status):
-                take(event.content)
-            done = event.done
-        if event.request.failure is not None:
-            raise self._failed(event.request, event.request.failure)
-
-    def flush(self) -> Program[None]:
-        """Asks for everything written to be made durable ("Request types", NBD_CMD_FLUSH).
-
-        Raises:
-            NbdUnsupportedError: the export does not offer it.
-            NbdRequestError: it failed at the server.
-        """
-        if not self.export.flags & TransmissionFlag.SEND_FLUSH:
-            raise NbdUnsupportedError("the export offers no flush", where=self.where)
-        return (yield from self.call(Command.FLUSH, 0, 0, self._no_status))
-
-    def disconnect(self) -> Program[None]:
-        """Takes leave if there is anybody to take leave of; no answer comes ("Terminating the transmission phase")."""
-        if self._state in {State.OPEN, State.DRAINING}:
-            self._become(State.CLOSED)
-            self._last_cookie += 1
-            yield Send(wire.RequestHeader(Command.DISC, self._last_cookie).pack())
-
-    def request(self, command: Command, offset: int, length: int) -> Program[int]:
-        """Sends one request and returns its cookie.
+            length: bytes it is about.
+            sink: who is given what it brings.
+            flags: how to do it.
+            payload: bytes that follow the header, if they are not `length` bytes of data to write.
 
         Raises:
             UsageError: the connection is closed.
             NbdDisconnectedError: the server is shutting down, or the connection was lost before.
         """
+        self._require_open()
+        if len(self._pending) >= constants.MAX_PENDING:
+            self.lose()
+            raise NbdDisconnectedError(f"{constants.MAX_PENDING} requests were not answered", where=self.where)
+        self._last_cookie += 1
+        self.requests += 1
+        most = constants.MAX_EXTRA_CHUNKS
+        if command == Command.READ:
+            most += length // constants.SECTOR + 2  # and two at unaligned ends
+        elif command == Command.BLOCK_STATUS:
+            most += len(self.export.contexts)
+        whole = bool(command == Command.READ and flags & CommandFlag.DF)
+        request = Request(command, offset, length, batch, sink, most, whole)
+        self._pending[self._last_cookie] = batch.pending[self._last_cookie] = request
+        if self._extended and (payload is not None or command == Command.WRITE):
+            flags |= CommandFlag.PAYLOAD_LEN
+        told = length if payload is None else payload
+        return RequestHeader(command, self._last_cookie, offset, told, flags).pack(extended=self._extended)
+
+    def submit_volley(self, batch: Batch, volley: Volley) -> int:
+        """Books many requests, whose headers must be sent before anything else is; returns the first of their cookies.
+
+        Raises:
+            UsageError: the connection is closed.
+            NbdDisconnectedError: the server is shutting down, or the connection was lost before.
+        """
+        self._require_open()
+        first = self._last_cookie + 1
+        self._last_cookie += volley.count
+        self.requests += volley.count
+        self._volleys.append(volley)
+        batch.pending[first] = volley.request
+        return first
+
+    def call(
+        self,
+        command: Command,
+        offset: int = 0,
+        length: int = 0,
+        sink: Sink = NOWHERE,
+        *,
+        flags: int = 0,
+        payload: Buffer | None = None,
+    ) -> Job[None]:
+        """Makes one request and sees it through; see `submit`.
+
+        Raises:
+            NbdRequestError: the request failed; the connection can be used further.
+            NbdProtocolError: the server broke the protocol.
+            NbdDisconnectedError: the server is shutting down, or the connection was lost before.
+            UsageError: the connection is closed.
+        """
+        with self.batch() as batch:
+            size = None if payload is None else len(payload)
+            header = self.submit(batch, command, offset, length, sink, flags=flags, payload=size)
+            yield Send(header, b"" if payload is None else payload)
+            yield Wait(batch, Due(batch.pending))
+            self.require_success(batch.finished.popleft())
+
+    def disconnect(self) -> bytes:
+        """Takes leave if there is anybody to take leave of, and returns what to send for it.
+
+        No answer comes ("Terminating the transmission phase").
+        """
+        if not self.live:
+            return b""
+        self._become(State.CLOSED)
+        self._last_cookie += 1
+        return RequestHeader(Command.DISC, self._last_cookie).pack(extended=self._extended)
+
+    def require_success(self, request: Request) -> None:
+        """Returns if a finished request was carried out.
+
+        Raises:
+            NbdRequestError: it failed.
+            NbdDisconnectedError: it failed because the server is shutting down.
+        """
+        if request.failure is not None:
+            raise request_failed(request, request.failure, self.where)
+
+    # Answers.
+
+    def receive(self) -> Reception:
+        """Receives one message and books it to its request.
+
+        Raises:
+            NbdProtocolError: the server broke the protocol.
+        """
+        due = self._due
+        if self._volleys and (taken := self._take_volleys((yield Look(_SHORTEST_MESSAGE, due)))):
+            yield ReceiveInto(None, taken, due)
+            return
+        (magic,) = messages.MAGIC.unpack((yield Receive(messages.MAGIC.size, due)))
+        self.messages += 1
+        if magic == constants.SIMPLE_REPLY_MAGIC and not self._extended:
+            yield from self._simple(SimpleReply.unpack((yield Receive(SimpleReply.LAYOUT.size, due))))
+            return
+        if magic != _MAGICS[self.export.replies]:
+            raise self.violation(f"a reply begins with {magic:#010x}")
+        layout = ChunkHeader.EXTENDED if self._extended else ChunkHeader.LAYOUT
+        header = ChunkHeader.unpack((yield Receive(layout.size, due)))
+        request = self._request(header.cookie)
+        if self._extended and header.offset != request.offset:
+            raise self.violation(f"a chunk that tells the offset {header.offset:#x} in reply to {request}")
+        if fault := header_fault(header, request, self.export.replies):
+            raise self.violation(fault)
+        if header.type == ChunkType.OFFSET_DATA:
+            start = messages.OFFSET.unpack((yield Receive(messages.OFFSET.size, due)))[0]
+            yield from self._data(request, start, header.length - messages.OFFSET.size)
+        elif header.length:
+            self._take(header, (yield Receive(header.length, due)), request)
+        if header.flags & ChunkFlag.DONE:
+            self._finish(header.cookie)
+
+    def _request(self, cookie: int) -> Request:
+        """Finds the request that a message belongs to, perhaps one that is finished, and counts the message."""
+        request = self._pending.get(cookie) or self._finished.get(cookie) or self._single(cookie)
+        if request is None:
+            raise self.violation(f"a reply to the unknown cookie {cookie:#x}")
+        request.chunks += 1
+        if request.chunks > request.most_chunks:
+            raise self.violation(f"more than {request.most_chunks} chunks in reply to {request}")
+        return request
+
+    def _take_volleys(self, arrived: memoryview) -> int:
+        """Books answers that are as expected all together; returns how many bytes they have."""
+        for volley in self._volleys:
+            if taken := volley.take(arrived):
+                self.messages += 1
+                if not volley.open:
+                    self._end_volley(volley)
+                return taken
+        return 0
+
+    def _single(self, cookie: int) -> Request | None:
+        """Has one of many requests booked by itself, because its answer is not the expected one."""
+        for volley in self._volleys:
+            if volley.first <= cookie < volley.first + volley.count:
+                request = volley.single(cookie)
+                if request is not None:
+                    self._pending[cookie] = request
+                    if request.sink is not NOWHERE:
+                        request.batch.pending[cookie] = request
+                if not volley.open:
+                    self._end_volley(volley)
+                return request
+        return None
+
+    def _end_volley(self, volley: Volley) -> None:
+        self._volleys.remove(volley)
+        batch = volley.request.batch
+        if batch.pending.pop(volley.first, None) is not None:
+            batch.finished.append(volley.request)
+            if batch.wake is not None:
+                batch.wake()
+
+    def _simple(self, reply: SimpleReply) -> Reception:
+        """Books a simple reply; data follows if they are all that was agreed on ("Simple reply message")."""
+        request = self._request(reply.cookie)
+        if reply.cookie in self._finished:
+            raise self.violation(f"a second simple reply to {request}")
+        if reply.error:
+            self._fail(request, Failure(reply.error))
+        elif request.command == Command.READ:
+            if self.export.replies != "simple":
+                raise self.violation(f"a simple reply to {request}, which must be answered in chunks")
+            yield from self._data(request, request.offset, request.length)
+        self._finish(reply.cookie)
+
+    def _data(self, request: Request, start: int, length: int) -> Reception:
+        """Receives data straight to where it is wanted."""
+        self._check_range(request, start, length, "data")
+        operation = ReceiveInto(request.sink.room(request, start, length), length, self._due)
+        self._filling = (request, operation)
+        try:
+            yield operation
+        finally:
+            self._filling = None
+
+    def _check_range(self, request: Request, start: int, length: int, what: str) -> None:
+        """Judges where the content of a chunk lies."""
+        if not request.offset <= start <= start + length <= request.offset + request.length:
+            raise self.violation(f"{what} for [{start:#x}, {start + length:#x}) in reply to {request}")
+        request.contents += 1
+        if request.whole and request.contents > 1:
+            raise self.violation(f"more than one piece in reply to {request}, which must not be fragmented")
+
+    def _take(self, header: ChunkHeader, payload: Received, request: Request) -> None:
+        """Books a payload that is not data; every byte of it must have a meaning ("Structured reply types")."""
+        if header.type & constants.CHUNK_ERROR_BIT:
+            failure = unpack_failure(header, payload)
+            if isinstance(failure, str):
+                raise self.violation(failure)
+            self._fail(request, failure)
+        elif header.type == ChunkType.OFFSET_HOLE:
+            start, length = messages.HOLE.unpack(payload)
+            if not length:
+                raise self.violation(f"a hole of no length in reply to {request}")
+            self._check_range(request, start, length, "a hole")
+            request.sink.hole(request, start, length)
+        elif header.type == ChunkType.BLOCK_STATUS:
+            (id_,) = messages.STATUS.unpack_from(payload)
+            request.sink.status(request, Status(id_, memoryview(payload)[messages.STATUS.size :]))
+        else:
+            id_, count = messages.STATUS_EXT.unpack_from(payload)
+            entries = memoryview(payload)[messages.STATUS_EXT.size :]
+            if len(entries) != 16 * count:
+                raise self.violation(f"a chunk of {len(entries) // 16} extents that tells of {count}")
+            request.sink.status(request, Status(id_, entries, wide=True))
+
+    def _fail(self, request: Request, failure: Failure) -> None:
+        if failure.offset is not None and not 0 <= failure.offset - request.offset < request.length:
+            raise self.violation(f"an error at {failure.offset:#x} in reply to {request}")
+        request.failure = request.failure or failure
+        if failure.wire_error == WireError.ESHUTDOWN:
+            self._become(State.DRAINING)
+
+    def _finish(self, cookie: int) -> None:
+        """Books that nothing more comes for a request, if that was not said before."""
+        request = self._pending.get(cookie)
+        if request is None:
+            return
+        request.sink.done(request)
+        del self._pending[cookie]
+        request.sink = NOWHERE
+        self._finished[cookie] = request
+        if len(self._finished) > constants.MAX_FINISHED_COOKIES:
+            del self._finished[next(iter(self._finished))]
+        batch = request.batch
+        if batch.pending.pop(cookie, None) is not None:
+            batch.finished.append(request)
+            if batch.wake is not None:
+                batch.wake()
+
+    def _require_open(self) -> None:
         if self._state is State.CLOSED:
             raise UsageError("the connection is closed", where=self.where)
         if self._state is not State.OPEN:
             why = "the server is shutting down" if self._state is State.DRAINING else "the connection was lost before"
             raise NbdDisconnectedError(why, where=self.where)
-        self._last_cookie += 1
-        cookie = self._last_cookie
-        self._pending[cookie] = Request(command, offset, length)
-        yield Send(wire.RequestHeader(command, cookie, offset, length).pack())
-        return cookie
-
-    def event(self) -> Program[Event]:
-        """Reads messages up to the first one that belongs to a request under way.
-
-        Raises:
-            NbdProtocolError: the server broke the protocol.
-        """
-        while True:
-            event = yield from self._message()
-            if event is not None:
-                return event
-
-    def _message(self) -> Program[Event | None]:
-        """Reads one message; None if it is a late one."""
-        what = "a reply to " + ", ".join(map(str, self._pending.values()))
-        (magic,) = wire.REPLY_MAGIC.unpack((yield Receive(wire.REPLY_MAGIC.size, what)))
-        if magic == constants.SIMPLE_REPLY_MAGIC:
-            simple = wire.SimpleReply.unpack((yield Receive(wire.SimpleReply.LAYOUT.size, what)))
-            content = Failure(simple.error) if simple.error else None
-            return self._settle(simple.cookie, content, done=True)
-        if magic != constants.CHUNK_MAGIC or not self.export.structured:
-            raise self.violation(f"a reply begins with {magic:#010x}")
-        header = wire.ChunkHeader.unpack((yield Receive(wire.ChunkHeader.LAYOUT.size, what)))
-        if header.cookie not in self._pending and header.cookie not in self._finished:
-            raise self.violation(f"a reply to the unknown cookie {header.cookie:#x}")
-        self._check_length(header)
-        payload: Received = (yield Receive(header.length, what)) if header.length else b""
-        return self._settle(header.cookie, self._content(header, payload), done=bool(header.flags & ChunkFlag.DONE))
-
-    def _settle(self, cookie: int, content: Status | Failure | None, *, done: bool) -> Event | None:
-        """Books a message to its request; None if that one was finished already."""
-        late = cookie in self._finished
-        request = self._finished[cookie] if late else self._pending.get(cookie)
-        if request is None:
-            raise self.violation(f"a reply to the unknown cookie {cookie:#x}")
-        request.chunks += 1
-        bound = len(self.export.contexts) + constants.MAX_EXTRA_CHUNKS
-        if request.chunks > bound:
-            raise self.violation(f"more than {bound} chunks in reply to {request}")
-        if late:
-            return None
-        if isinstance(content, Failure):
-            if content.offset is not None and not 0 <= content.offset - request.offset < request.length:
-                raise self.violation(f"an error at {content.offset:#x} in reply to {request}")
-            request.failure = request.failure or content
-            if content.wire_error == WireError.ESHUTDOWN:
-                self._become(State.DRAINING)
-        if isinstance(content, Status) and request.command is not Command.BLOCK_STATUS:
-            raise self.violation(f"a BLOCK_STATUS chunk in reply to {request}")
-        if done:
-            self._finished[cookie] = self._pending.pop(cookie)
-            if len(self._finished) > constants.MAX_FINISHED_COOKIES:
-                self._finished.popitem(last=False)
-        return Event(cookie, request, content, done)
-
-    def _check_length(self, header: wire.ChunkHeader) -> None:
-        """Judges type and length of a chunk before its payload is received ("Structured reply types")."""
-        length = header.length
-        if header.type & constants.CHUNK_ERROR_BIT:
-            least = 14 if header.type == ChunkType.ERROR_OFFSET else 6
-            fits = least <= length <= constants.MAX_ERROR_CHUNK
-        elif header.type == ChunkType.NONE:
-            fits = length == 0
-            if not header.flags & ChunkFlag.DONE:
-                raise self.violation("an NBD_REPLY_TYPE_NONE chunk that is not the last one")
-        elif header.type == ChunkType.BLOCK_STATUS:
-            entries, left = divmod(length - 4, 8)
-            fits = left == 0 and 1 <= entries <= constants.MAX_STATUS_EXTENTS
-        else:
-            raise self.violation(f"a chunk of type {header.type}, which answers nothing that was asked")
-        if not fits:
-            raise self.violation(f"a chunk of type {header.type:#x} with {length} bytes")
-
-    def _content(self, header: wire.ChunkHeader, payload: Received) -> Status | Failure | None:
-        """Takes a payload apart; every byte of it must have a meaning."""
-        if header.type == ChunkType.BLOCK_STATUS:
-            return Status(int.from_bytes(payload[:4], "big"), memoryview(payload)[4:])
-        if not header.type & constants.CHUNK_ERROR_BIT:
-            return None
-        error = wire.ErrorPayload.unpack(payload)
-        if error is None:
-            raise self.violation(f"an error chunk of {len(payload)} bytes whose message does not fit")
-        if error.error == 0:
-            raise self.violation("an error chunk with error 0")
-        left = len(error.rest)
-        if (header.type == ChunkType.ERROR and left != 0) or (header.type == ChunkType.ERROR_OFFSET and left != 8):
-            raise self.violation(f"an error chunk of type {header.type:#x} with {left} bytes behind its message")
-        offset = int.from_bytes(error.rest, "big") if header.type == ChunkType.ERROR_OFFSET else None
-        return Failure(error.error, wire.printable(error.message), offset)
-
-    def _failed(self, request: Request, failure: Failure) -> NbdRequestError | NbdDisconnectedError:
-        """Makes the error for a request that failed."""
-        said = "" if failure.offset is None else f" at {failure.offset:#x}"
-        said += f": {failure.message}" if failure.message else ""
-        if failure.wire_error == WireError.ESHUTDOWN:
-            return NbdDisconnectedError(f"the server is shutting down ({request} failed{said})", where=self.where)
-        # "unexpected values should be treated as EINVAL" ("Error values"); the number is told all the same.
-        known = failure.wire_error in WireError.__members__.values()
-        name = WireError(failure.wire_error).name if known else f"unknown error {failure.wire_error}, as good as EINVAL"
-        return NbdRequestError(
-            f"{request} failed at the server ({name}{said})",
-            where=self.where,
-            wire_error=failure.wire_error,
-            offset=request.offset,
-            length=request.length,
-            remedy=_REMEDIES.get(failure.wire_error, ""),
-        )
-
-    def _no_status(self, status: Status) -> None:
-        """Takes a status for a command that has none; `_settle` has refused it before."""
-        raise self.violation(f"a status for context id {status.context_id} that nobody asked for")
 
     def _become(self, state: State) -> None:
         """Changes the state, if that is legal."""
@@ -341,9 +412,13 @@ class Connection:
         self._state = state
         if state in {State.CLOSED, State.DEAD}:
             self._pending.clear()  # nobody will answer them
+            self._volleys.clear()
 
 
-_REMEDIES: Final[dict[int, str]] = {
-    WireError.EIO: "The server could not read its image; its log says more, and so does qemu-img check.",
-    WireError.EPERM: "The export may be inactive, as on the target of a migration.",
+_SHORTEST_MESSAGE: Final = messages.MAGIC.size + SimpleReply.LAYOUT.size
+
+_MAGICS: Final = {
+    "simple": constants.SIMPLE_REPLY_MAGIC,
+    "structured": constants.CHUNK_MAGIC,
+    "extended": constants.EXTENDED_CHUNK_MAGIC,
 }

@@ -18,6 +18,8 @@ OPTION_REPLY_MAGIC: Final = 0x3E889045565A9
 REQUEST_MAGIC: Final = 0x25609513
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
 CHUNK_MAGIC: Final = 0x668E33EF
+EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
+EXTENDED_CHUNK_MAGIC: Final = 0x6E8A278C
 
 DEFAULT_PORT: Final = 10809  # assigned by IANA
 
@@ -27,6 +29,10 @@ class HandshakeFlag(IntFlag):
 
     FIXED_NEWSTYLE = 1 << 0
     NO_ZEROES = 1 << 1
+
+
+ZEROES: Final = 124
+"""Bytes of padding behind what an oldstyle greeting or EXPORT_NAME tells, unless NO_ZEROES was agreed."""
 
 
 class Option(IntEnum):
@@ -106,6 +112,17 @@ class Command(IntEnum):
     BLOCK_STATUS = 7
 
 
+class CommandFlag(IntFlag):
+    """How a command is to be done."""
+
+    FUA = 1 << 0
+    NO_HOLE = 1 << 1
+    DF = 1 << 2
+    REQ_ONE = 1 << 3
+    FAST_ZERO = 1 << 4
+    PAYLOAD_LEN = 1 << 5
+
+
 class ChunkFlag(IntFlag):
     """Flags of a structured reply chunk; unknown bits are ignored."""
 
@@ -119,6 +136,7 @@ class ChunkType(IntEnum):
     OFFSET_DATA = 1
     OFFSET_HOLE = 2
     BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
     ERROR = (1 << 15) + 1
     ERROR_OFFSET = (1 << 15) + 2
 
@@ -151,7 +169,14 @@ MAX_OPTION_REPLY: Final = 64 * 1024
 """Bytes of one option reply. The longest one the specification has is 4 + 2 * MAX_STRING; the rest is courtesy."""
 
 MAX_OPTION_REPLIES: Final = 64
-"""Replies to one GO. Four kinds of information are defined; what is unknown is ignored, but not forever."""
+"""Replies to one GO or INFO. Four kinds of information are defined; what is unknown is ignored, but not forever."""
+
+MAX_EXPORTS: Final = 10_000
+"""Exports in one LIST, at most 84 MB of names and descriptions. Servers that list a directory come to hundreds."""
+
+MAX_CONTEXTS: Final = 4096
+"""Contexts in one LIST_META_CONTEXT or SET_META_CONTEXT, at most 17 MB. QEMU offers two and one for each bitmap of the
+export; a disk with dozens of bitmaps is already slow to write to."""
 
 MAX_EXPORT_SIZE: Final = 2**63 - 1
 """Bytes. No file is larger (off_t is signed), and servers say 2**64 - 1 when they mean 'unknown'."""
@@ -175,6 +200,15 @@ MAX_EXTRA_CHUNKS: Final = 16
 MAX_FINISHED_COOKIES: Final = 1024
 """Finished requests whose late chunks are recognised. They come right behind, so far fewer would do."""
 
+MAX_PENDING: Final = 1024
+"""Requests under way, those included that nobody waits for any more. QEMU works on 16 at a time."""
+
+SECTOR: Final = 512
+"""Bytes. Lengths of extents SHOULD be multiples of it, and no server cuts data into smaller chunks."""
+
 GREETING_PATIENCE: Final = 10.0
 """Seconds to wait for the greeting. A server at its connection limit accepts and stays silent; QEMU itself gives a
 client 10 s for the whole handshake."""
+
+TLS_PATIENCE: Final = 10.0
+"""Seconds for the TLS handshake, two round trips and some arithmetic; again as long as QEMU gives for everything."""

@@ -1,6 +1,6 @@
 """Sockets for the blocking door: everything sent, exactly so much received, nothing waited for longer than allowed.
 
-What both doors need of sockets is here as well: where received bytes lie, and how a failure of a socket is told.
+How a failure of a socket is told is here for both doors.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ import socket
 import threading
 import time
 from queue import Empty, SimpleQueue
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import DeadlineError, NbdConnectError, NbdDisconnectedError, QmpnbdError
+from qmpnbd.errors import DeadlineError, NbdConnectError, NbdTlsError, QmpnbdError
+from qmpnbd.nbd import constants
+from qmpnbd.nbd.channel import Channel
 from qmpnbd.nbd.uri import NbdUri
-from qmpnbd.nbd.wire import Program, Receive, Received, Send
+from qmpnbd.nbd.wire import Program, Receive, Received, Send, StartTls
+
+if TYPE_CHECKING:
+    from qmpnbd.nbd.tls_socket import TlsSocket
 
 CONNECT_PATIENCE: Final = 10.0
 """Seconds to wait for a connection to be accepted, whatever time the caller has. A LAN needs milliseconds."""
@@ -27,63 +32,9 @@ RETRY_INTERVAL: Final = 0.02
 """Seconds between two tries to enter the full queue of a UNIX socket; the kernel has no way to wait for it."""
 
 _LOOK: Final = 0.25  # seconds after which a wait looks whether its Deadline was told to stop
-_BUFFER: Final = 64 * 1024  # bytes; headers are received with what follows them, larger payloads go past it
 
 _T = TypeVar("_T")
 Address: TypeAlias = tuple[socket.AddressFamily, Any]
-
-
-class Inbox:
-    """Bytes received: what came too early is kept, what is large goes straight to where it is wanted."""
-
-    __slots__ = ("_buffer", "_early", "_end", "_start", "_target", "have")
-
-    def __init__(self) -> None:
-        self._buffer = memoryview(bytearray(_BUFFER))
-        self._start = self._end = 0
-        self._target = bytearray()
-        self._early = False
-        self.have = 0
-
-    def ask(self, count: int) -> None:
-        """Begins to collect `count` bytes."""
-        self._target = bytearray(count)
-        self.have = 0
-        self._serve()
-
-    @property
-    def complete(self) -> bool:
-        """Whether all bytes asked for are there."""
-        return self.have == len(self._target)
-
-    @property
-    def asked(self) -> int:
-        """Bytes asked for."""
-        return len(self._target)
-
-    def room(self) -> memoryview:
-        """Returns where the next bytes are to be received; call `arrived` afterwards."""
-        self._early = len(self._target) - self.have < _BUFFER
-        return self._buffer if self._early else memoryview(self._target)[self.have :]
-
-    def arrived(self, count: int) -> None:
-        """Books `count` bytes received into `room`."""
-        if self._early:
-            self._start, self._end = 0, count
-            self._serve()
-        else:
-            self.have += count
-
-    def take(self) -> bytearray:
-        """Returns the bytes asked for; they belong to the caller."""
-        taken, self._target, self.have = self._target, bytearray(), 0
-        return taken
-
-    def _serve(self) -> None:
-        count = min(len(self._target) - self.have, self._end - self._start)
-        self._target[self.have : self.have + count] = self._buffer[self._start : self._start + count]
-        self._start += count
-        self.have += count
 
 
 def connect_failed(error: OSError, where: str) -> NbdConnectError:
@@ -99,13 +50,6 @@ def connect_failed(error: OSError, where: str) -> NbdConnectError:
     return NbdConnectError(f"cannot connect: {error.strerror or error}", where=where, remedy=remedy)
 
 
-def disconnected(what: str, inbox: Inbox | None, where: str, error: OSError | None = None) -> NbdDisconnectedError:
-    """Makes the error for a connection that ended while something was due."""
-    how = "the server closed the connection" if error is None else f"the connection broke ({error.strerror or error})"
-    got = f" ({inbox.have} of {inbox.asked} bytes came)" if inbox is not None and inbox.have else ""
-    return NbdDisconnectedError(f"{how} while {what} was due{got}", where=where)
-
-
 def unix_address(uri: NbdUri) -> Address:
     """Returns the address of a UNIX socket, with the bytes of its path as they were given."""
     return socket.AF_UNIX, uri.path.encode("utf-8", "surrogateescape")
@@ -119,74 +63,55 @@ def new_socket(family: socket.AddressFamily) -> socket.socket:
     return sock
 
 
-class Stream:
-    """A socket that sends all, receives exactly, and is never waited for longer than allowed."""
+class Stream(Channel):
+    """A channel that can be waited for, never longer than allowed."""
 
     def __init__(self, sock: socket.socket, where: str) -> None:
-        self._sock = sock
-        self._where = where
-        self._inbox = Inbox()
+        super().__init__(sock, where)
         self._poll = select.poll()
 
-    def perform(self, operation: Send | Receive, deadline: Deadline) -> Received:
-        """Does what a program asks for.
+    def perform(self, operation: Send | Receive | StartTls, deadline: Deadline) -> Received:
+        """Does what a program of the handshake asks for.
 
         Raises:
             DeadlineError: the caller's time is over.
             TimeoutError: the operation's own patience is over.
             NbdDisconnectedError: the connection ended.
+            NbdTlsError: TLS did not come about.
         """
+        if isinstance(operation, StartTls):
+            self._shake(self.start_tls(operation.tls), deadline)
+            return b""
         if isinstance(operation, Send):
-            self._send(operation.data, deadline)
+            self.push(operation.data, operation.payload)
+            while not self.flush():
+                self.wait(select.POLLOUT, "the server to take a request", deadline)
             return b""
         clock = deadline if operation.patience is None else deadline.within(operation.patience)
         try:
-            return self._receive(operation.count, operation.what, clock)
+            while not self.receive(operation):
+                self.wait(select.POLLIN, operation.what, clock)
         except DeadlineError as error:
-            deadline.check(operation.what, self._where)
+            deadline.check(operation.what, self.where)
             raise TimeoutError(error.what) from error
+        return self.take()
 
-    def wait(self, events: int, what: str, deadline: Deadline) -> None:
+    def _shake(self, secure: TlsSocket, deadline: Deadline) -> None:
+        what, clock = "the TLS handshake", deadline.within(constants.TLS_PATIENCE)
+        try:
+            while (events := secure.shake()) is not None:
+                self.wait(events, what, clock)
+        except DeadlineError as error:
+            deadline.check(what, self.where)
+            raise NbdTlsError("the server is silent in the middle of the TLS handshake", where=self.where) from error
+
+    def wait(self, events: int, what: object, deadline: Deadline) -> None:
         """Returns when the socket is ready."""
         self._poll.register(self._sock, events)
         while True:
-            left = deadline.remaining(what, self._where)
+            left = deadline.remaining(what, self.where)
             if self._poll.poll(1000 * (_LOOK if left is None else min(left, _LOOK))):
                 return
-
-    def close(self) -> None:
-        """Closes the socket."""
-        self._sock.close()
-
-    def shut_down(self) -> None:
-        """Ends the conversation, so that whoever waits for the socket learns of it."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-
-    def _send(self, data: bytes, deadline: Deadline) -> None:
-        rest = memoryview(data)
-        while rest:
-            try:
-                rest = rest[self._sock.send(rest) :]
-            except BlockingIOError:
-                self.wait(select.POLLOUT, "the server to take a request", deadline)
-            except OSError as error:
-                raise disconnected("a request", None, self._where, error) from error
-
-    def _receive(self, count: int, what: str, deadline: Deadline) -> bytearray:
-        self._inbox.ask(count)
-        while not self._inbox.complete:
-            try:
-                got = self._sock.recv_into(self._inbox.room())
-            except BlockingIOError:
-                self.wait(select.POLLIN, what, deadline)
-                continue
-            except OSError as error:
-                raise disconnected(what, self._inbox, self._where, error) from error
-            if not got:
-                raise disconnected(what, self._inbox, self._where)
-            self._inbox.arrived(got)
-        return self._inbox.take()
 
 
 def _addresses(uri: NbdUri, clock: Deadline, where: str) -> list[Address]:

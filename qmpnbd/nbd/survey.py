@@ -1,13 +1,17 @@
-"""Reads whole maps: block status over ``[0, size)`` for all metadata contexts of a connection.
+"""Reads maps: block status over a range for metadata contexts of a connection, several requests in flight.
 
-One reply covers the contexts unequally (QEMU stops each after 131,072 extents), so each has a cursor of its own and
-the next request begins at the lowest one. A context that is ahead gets some bytes told again, which are dropped::
+The range is cut into spans, each asked for by itself, so that the server works on the next while this one is decoded.
+How long a span is depends on how many extents the last replies told: a dense disk in many small ones, an empty disk
+in few large ones. One reply covers the contexts unequally (QEMU stops each after 131,072 extents), so in each span
+every context has a cursor of its own, and what is left of it is asked for from the lowest one. A context that is ahead
+gets some bytes told again, which are dropped::
 
-    request at cursor of A            next request
-    |                                 |
-    A ================================|................
-    B ============================================|.....
-                                      [already told]
+    |<--------------- span --------------->|<--- the next one, in flight meanwhile
+    request at cursor of A    next request
+    |                         |
+    A ========================|............
+    B ====================================|
+                              [already told]
 
 A reply is judged before it is believed ("Structured reply types", NBD_REPLY_TYPE_BLOCK_STATUS of doc/proto.md): one
 chunk for each context, no extent of no length, nothing but the last extent past the request, nothing past the export.
@@ -15,18 +19,26 @@ chunk for each context, no extent of no length, nothing but the last extent past
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from qmpnbd.errors import NbdUnsupportedError, UsageError
-from qmpnbd.extents import U64, ExtentMap
-from qmpnbd.nbd.connection import Connection, Status
-from qmpnbd.nbd.constants import Command
-from qmpnbd.nbd.wire import Program
+from qmpnbd.errors import UsageError
+from qmpnbd.extents import ExtentMap
+from qmpnbd.nbd import constants
+from qmpnbd.nbd.connection import Connection
+from qmpnbd.nbd.constants import SECTOR, Command, CommandFlag, TransmissionFlag
+from qmpnbd.nbd.handshake import Export
+from qmpnbd.nbd.messages import pack_status_filter
+from qmpnbd.nbd.quirks import Quirk
+from qmpnbd.nbd.ranges import aligned_range, longest_effect
+from qmpnbd.nbd.requests import Batch, Due, Job, Request, Wait
+from qmpnbd.nbd.survey_reply import Reply, Span, Terms
+from qmpnbd.nbd.survey_volley import EmptyVolley
+from qmpnbd.nbd.wire import Send
 
 MAX_EXTENTS = 2**25
 """Extents of all contexts together. 2 TiB, data and holes alternating every 64 KiB, has so many; they need 400 MiB."""
@@ -35,11 +47,20 @@ MAX_SHORT_REPLIES = 2**17
 """Replies that stop before the end of what was asked. QEMU needs 256 of them for MAX_EXTENTS; a server that tells one
 extent at a time, as it may, comes to 131,072 extents in about ten seconds."""
 
-SECTOR = 512
-"""Bytes. No disk has a status for less ("NBD_CMD_BLOCK_STATUS": lengths SHOULD be multiples of 512), so a server that
-needs more replies than the export has sectors, plus some for unaligned ends, is not getting anywhere."""
+IN_FLIGHT: Final = 16
+"""Requests in flight. QEMU works on so many of one connection at a time."""
 
-_GRACE = 1024
+FIRST_SPAN: Final = 128 << 20
+"""Bytes of the first spans: a short reply on any disk, and enough to know how dense it is."""
+
+_SHORTEST_SPAN: Final = 16 << 20
+_LIKED_EXTENTS: Final = 65536  # half of what QEMU tells at most, so that few replies are short
+_GROWTH: Final = 8  # a disk that is empty here may be dense there
+_VOLLEY: Final = 256  # requests made at once while the disk is empty; the server works on them one after the other
+_VOLLEYS: Final = 2  # one is answered while the next one is on its way
+_GRACE: Final = 1024
+"""No disk has a status for less than a sector ("NBD_CMD_BLOCK_STATUS": lengths SHOULD be multiples of 512), so a
+server that needs more replies than there are sectors, plus some for unaligned ends, is not getting anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,159 +76,216 @@ class Limits:
     short_replies: int = MAX_SHORT_REPLIES
 
 
-@dataclass(slots=True)
-class _Collected:
-    """What is known of one context.
-
-    Attributes:
-        name: the metadata context.
-        cursor: everything before this byte is known.
-        ends: where extents end, in pieces.
-        values: their status, in pieces.
-    """
-
-    name: str
-    cursor: int = 0
-    ends: list[U64] = field(default_factory=list)
-    values: list[npt.NDArray[np.uint32]] = field(default_factory=list)
-
-    def map(self) -> ExtentMap:
-        """Makes the map and lets go of the pieces."""
-        if not self.ends:
-            return ExtentMap([], [])
-        ends, values = np.concatenate(self.ends), np.concatenate(self.values)
-        self.ends.clear()
-        self.values.clear()
-        return ExtentMap(ends, values)
-
-
-def survey(connection: Connection, limits: Limits | None = None) -> Program[dict[str, ExtentMap]]:
-    """Reads the map of every metadata context that was agreed on.
+class Survey:
+    """One reading of maps. It can be taken up again, on another connection to the same export.
 
     Args:
-        connection: an open connection.
+        export: what to read maps of.
+        offset: first byte.
+        length: bytes; None for all the rest. Neither needs to be aligned.
+        contexts: some of the metadata contexts that were agreed on; None for all of them.
         limits: what the server may make us do.
-
-    Returns:
-        A map of exactly the export's size for each context.
+        lenient: which faults of the server to bear.
 
     Raises:
-        UsageError: no context was agreed on.
-        NbdRequestError: the server could not tell the status of some range; the connection can be used further.
-        NbdProtocolError: a reply that cannot be true, or too many.
-        NbdUnsupportedError: more extents than `limits` allows.
+        UsageError: a range outside the export, no context, or one that was not agreed on.
     """
-    if not connection.export.contexts:
-        raise UsageError("no metadata context was asked for, so there is no map to read", where=connection.where)
-    return (yield from _Survey(connection, limits or Limits()).run())
 
-
-class _Survey:
-    """One reading of all maps."""
-
-    def __init__(self, connection: Connection, limits: Limits) -> None:
-        export = connection.export
-        self._connection = connection
-        self._limits = limits
-        self._size = export.size
+    def __init__(
+        self,
+        export: Export,
+        where: str,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        contexts: Collection[str] | None = None,
+        limits: Limits | None = None,
+        lenient: frozenset[Quirk] = frozenset(),
+    ) -> None:
+        self.names = _chosen(export, contexts, where)
+        limits = limits or Limits()
+        self._terms = Terms(where, export.size, lenient, limits.extents)
+        self._where = where
+        self._asked = offset, (export.size - offset if length is None else length)
+        self._next, self._end = aligned_range(export, *self._asked, where)
+        self._start = self._next
+        self._spans: list[Span] = []
+        self._again: deque[Span] = deque()
+        self._length = FIRST_SPAN
+        self._longest = longest_effect(export)
         self._block = export.minimum_block
-        # The length is 32 bits wide. nbdkit before the fix of CVE-2025-47711 aborts when asked for all of 2**32 - 1.
-        self._longest = 2**32 - max(SECTOR, export.minimum_block)
-        self._contexts: Mapping[int, _Collected] = {id_: _Collected(name) for name, id_ in export.contexts.items()}
-        self._extents = 0
         self._short = 0
+        self._empty = False
+        self._volleys: dict[Request, EmptyVolley] = {}
         self._most_short = min(limits.short_replies, _GRACE + export.size // SECTOR)
 
-    def run(self) -> Program[dict[str, ExtentMap]]:
-        """Asks until every context is known to the end."""
-        while (lowest := min(context.cursor for context in self._contexts.values())) < self._size:
-            # An extent may end off the blocks that requests must keep to ("Size constraints").
-            offset = lowest - lowest % self._block
-            length = min(self._longest, self._size - offset)
-            reply = _Reply(offset, length)
-            yield from self._connection.call(Command.BLOCK_STATUS, offset, length, partial(self._take, reply))
-            self._check_complete(reply, lowest)
-        return {context.name: context.map() for context in self._contexts.values()}
+    def run(self, connection: Connection) -> Job[dict[str, ExtentMap]]:
+        """Reads the map of every context chosen.
 
-    def _take(self, reply: _Reply, status: Status) -> None:
-        """Books one chunk of a reply."""
-        context = self._contexts.get(status.context_id)
-        if context is None:
-            raise self._nonsense(reply, f"context id {status.context_id}", "none but " + self._expected())
-        if status.context_id in reply.seen:
-            raise self._nonsense(reply, f"two chunks for {context.name}", "one")
-        reply.seen.add(status.context_id)
-        pairs = np.frombuffer(status.entries, dtype=">u4")
-        lengths, values = pairs[0::2], pairs[1::2].astype(np.uint32)
-        self._extents += lengths.size
-        if self._extents > self._limits.extents:
-            self._connection.lose()
-            raise NbdUnsupportedError(
-                f"the maps have more than {self._limits.extents} extents", where=self._connection.where
+        Returns:
+            For each context a map of exactly the length asked for; its byte 0 is the first one asked for.
+
+        Raises:
+            NbdRequestError: the server could not tell the status of some range; the connection can be used further.
+            NbdProtocolError: a reply that cannot be true, or too many.
+            NbdUnsupportedError: more extents than the limits allow; the connection can be used further.
+            NbdDisconnectedError: the connection ended; the survey can be taken up on another one.
+        """
+        for volley in self._volleys.values():
+            self._spans.extend(volley.spans())
+        self._volleys.clear()
+        self._again = deque(span for span in self._spans if not span.complete)
+        with connection.batch() as batch:
+            while True:
+                if headers := self._requests(connection, batch):
+                    yield Send(headers)
+                if not batch.pending and not batch.finished:
+                    break
+                yield Wait(batch, Due(batch.pending))
+                while batch.finished:
+                    request = batch.finished.popleft()
+                    connection.require_success(request)
+                    if request in self._volleys:
+                        volley = self._volleys.pop(request)
+                        self._terms.spend(volley.count)
+                        self._spans.extend(volley.spans())
+                if self._terms.error is not None:
+                    raise self._terms.error
+        self._spans.sort(key=lambda span: span.start)
+        return {name: self._map(name) for name in self.names}
+
+    def once(self, connection: Connection, *, one: bool) -> Job[dict[str, ExtentMap]]:
+        """Makes a single request about the range and returns what it told, which may be less for each context.
+
+        Raises:
+            UsageError: the range is longer than one request can ask about, or not aligned.
+            Exception: what `run` raises.
+        """
+        if (self._start, self._end) != (self._asked[0], sum(self._asked)) or not 0 < self._asked[1] <= self._longest:
+            raise UsageError(
+                f"[{self._asked[0]:#x}, {sum(self._asked):#x}) cannot be asked about at once: in blocks of"
+                f" {self._block} bytes, and at most {self._longest}",
+                where=self._where,
             )
-        ends = np.cumsum(lengths, dtype=np.uint64) + np.uint64(reply.offset)
-        self._check(context, lengths, ends, reply)
-        np.minimum(ends, np.uint64(reply.end), out=ends)
-        new = int(np.searchsorted(ends, np.uint64(context.cursor), side="right"))
-        if new < ends.size:
-            context.ends.append(ends[new:])
-            context.values.append(values[new:])
-            context.cursor = int(ends[-1])
-        reply.short |= int(ends[-1]) < reply.end
+        span = Span(self._start, self._end, self.names)
+        self._spans.append(span)
+        with connection.batch() as batch:
+            yield Send(self._request(connection, batch, span, CommandFlag.REQ_ONE if one else 0))
+            yield Wait(batch, Due(batch.pending))
+            connection.require_success(batch.finished.popleft())
+        if self._terms.error is not None:
+            raise self._terms.error
+        return {name: self._map(name) for name in self.names}
 
-    def _check(self, context: _Collected, lengths: npt.NDArray[np.uint32], ends: U64, reply: _Reply) -> None:
-        """Judges the extents of one chunk."""
-        if not lengths.all():
-            first = int(np.flatnonzero(lengths == 0)[0])
-            at = int(ends[first])
-            raise self._nonsense(reply, f"an extent of length 0 at {at:#x} for {context.name}", "at least 1")
-        if ends.size > 1 and int(ends[-2]) >= reply.end:
-            got = f"extents for {context.name} that begin at {int(ends[-2]):#x}"
-            raise self._nonsense(reply, got, f"none from {reply.end:#x} on")
-        if int(ends[-1]) > self._size:
-            got = f"an extent for {context.name} up to {int(ends[-1]):#x}"
-            raise self._nonsense(reply, got, f"none past the export's end at {self._size:#x}")
+    def _believed(self, reply: Reply, extents: int) -> None:
+        """Learns from a reply that is complete and was believed; what it left out is asked for again."""
+        span = reply.span
+        if not span.complete:
+            self._short += 1
+            if self._short > self._most_short:
+                raise reply.nonsense(f"short reply number {self._short}", f"at most {self._most_short} for this size")
+            self._again.append(span)
+        covered = span.cursor - reply.offset
+        ideal = covered * _LIKED_EXTENTS // extents
+        self._empty = extents == 1
+        self._length = max(_SHORTEST_SPAN, min(ideal, self._length * _GROWTH, self._longest))
 
-    def _check_complete(self, reply: _Reply, lowest: int) -> None:
-        """Judges a reply as a whole."""
-        missing = [context.name for id_, context in self._contexts.items() if id_ not in reply.seen]
-        if missing:
-            raise self._nonsense(reply, f"no chunk for {', '.join(missing)}", f"one for each of {self._expected()}")
-        if min(context.cursor for context in self._contexts.values()) <= lowest:
-            raise self._nonsense(reply, f"nothing beyond {lowest:#x}", f"more than a block of {self._block} bytes")
-        self._short += reply.short
-        if self._short > self._most_short:
-            raise self._nonsense(
-                reply, f"short reply number {self._short}", f"at most {self._most_short} for this size"
-            )
+    def _requests(self, connection: Connection, batch: Batch) -> bytes:
+        """Makes as many requests as may be in flight."""
+        headers = []
+        while (volley := self._volley(connection, batch)) is not None:
+            self._volleys[volley.request] = volley
+            headers.append(volley.headers(connection.submit_volley(batch, volley)))
+        while len(batch.pending) < IN_FLIGHT and (span := self._span()) is not None:
+            headers.append(self._request(connection, batch, span, 0))
+        return b"".join(headers)
 
-    def _expected(self) -> str:
-        return ", ".join(f"{context.name} (id {id_})" for id_, context in self._contexts.items())
+    def _volley(self, connection: Connection, batch: Batch) -> EmptyVolley | None:
+        """Returns many requests to make at once, if the disk has been empty lately and much of it is left."""
+        export = connection.export
+        enough = self._end - self._next >= _VOLLEY * self._longest
+        if not enough or not self._empty or self._length < self._longest or len(self._volleys) == _VOLLEYS:
+            return None
+        if len(export.contexts) > 1 or export.replies == "extended":
+            return None
 
-    def _nonsense(self, reply: _Reply, got: str, expected: str) -> Exception:
-        """Makes the error for a reply that cannot be true; the connection is dead then."""
-        return self._connection.violation(
-            f"block status of [{reply.offset:#x}, {reply.end:#x}): got {got}, expected {expected}"
-        )
+        def alone(span: Span) -> Request:
+            self._spans.append(span)
+            reply = self._reply(connection, span, span.start, export.contexts)
+            most = constants.MAX_EXTRA_CHUNKS + 1
+            return Request(Command.BLOCK_STATUS, span.start, span.end - span.start, batch, reply, most)
+
+        bounds = list(range(self._next, self._next + (_VOLLEY + 1) * self._longest, self._longest))
+        self._next = bounds[-1]
+        (name,) = self.names
+        return EmptyVolley(batch, name, export.contexts[name], bounds, alone)
+
+    def _span(self) -> Span | None:
+        """Returns a span with something left to ask for."""
+        if self._again:
+            return self._again.popleft()
+        if self._next == self._end:
+            return None
+        length = self._length - self._length % max(self._block, 65536)
+        end = min(self._next + min(length, self._longest), self._end)
+        span = Span(self._next, end, self.names)
+        self._spans.append(span)
+        self._next = end
+        return span
+
+    def _request(self, connection: Connection, batch: Batch, span: Span, flags: int) -> bytes:
+        """Asks for what is left of a span."""
+        export = connection.export
+        # An extent may end off the blocks that requests must keep to ("Size constraints").
+        offset = span.cursor - span.cursor % self._block
+        length = span.end - offset
+        ids = [export.contexts[name] for name in self.names]
+        payload = b""
+        expected = export.contexts
+        selective = export.replies == "extended" and export.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD
+        if selective and len(ids) < len(expected):
+            payload = pack_status_filter(length, ids)
+            expected = {name: expected[name] for name in self.names}
+        reply = self._reply(connection, span, offset, expected, one=bool(flags & CommandFlag.REQ_ONE))
+        size = len(payload) if payload else None
+        header = connection.submit(batch, Command.BLOCK_STATUS, offset, length, reply, flags=flags, payload=size)
+        return header + payload
+
+    def _reply(
+        self, connection: Connection, span: Span, offset: int, expected: Mapping[str, int], *, one: bool = False
+    ) -> Reply:
+        return Reply(self._terms, self._believed, connection, span, offset=offset, expected=expected, one=one)
+
+    def _map(self, name: str) -> ExtentMap:
+        """Joins what the spans know of one context, and lets go of it."""
+        tracks = [span.tracks.pop(name) for span in self._spans]
+        count = sum(len(piece) for track in tracks for piece in track.ends)
+        ends, values = np.empty(count, dtype=np.uint64), np.empty(count, dtype=np.uint64)
+        at = 0
+        for track in tracks:
+            for piece, told in zip(track.ends, track.values, strict=True):
+                ends[at : at + len(piece)] = piece
+                values[at : at + len(piece)] = told
+                at += len(piece)
+            track.ends.clear()
+            track.values.clear()
+        ends -= np.uint64(self._start)
+        joined = ExtentMap.taking(ends, values)
+        offset, length = self._asked
+        first = offset - self._start
+        if first == 0 and joined.size <= length:
+            return joined
+        return joined.clip(first, min(first + length, joined.size))
 
 
-@dataclass(slots=True)
-class _Reply:
-    """What one request brought so far.
-
-    Attributes:
-        offset: first byte asked for.
-        length: bytes asked for.
-        seen: ids of the contexts that answered.
-        short: whether one of them stopped early.
-    """
-
-    offset: int
-    length: int
-    seen: set[int] = field(default_factory=set)
-    short: bool = False
-
-    @property
-    def end(self) -> int:
-        """The byte after the last one asked for."""
-        return self.offset + self.length
+def _chosen(export: Export, contexts: Collection[str] | None, where: str) -> tuple[str, ...]:
+    """Returns the contexts to read, in the order in which they were agreed on."""
+    if isinstance(contexts, str):
+        raise UsageError(f"contexts is one text ({contexts!r}), not a collection of names", where=where)
+    for name in contexts or ():
+        if name not in export.contexts:
+            raise UsageError(f"the metadata context {name!r} was not asked for when connecting", where=where)
+    chosen = tuple(name for name in export.contexts if contexts is None or name in contexts)
+    if not chosen:
+        raise UsageError("no metadata context was asked for, so there is no map to read", where=where)
+    return chosen

@@ -1,4 +1,4 @@
-"""Bytes to values and back: every struct of NBD that this package speaks, and the operations a program yields.
+"""Bytes to values and back: every struct of option haggling, and the operations a program yields.
 
 A *program* is a generator that talks NBD without doing any I/O. It yields what it needs, and whoever drives it (the
 doors in `qmpnbd.nbd.client` and `qmpnbd.nbd.aio`) does that and sends back the outcome::
@@ -8,6 +8,8 @@ doors in `qmpnbd.nbd.client` and `qmpnbd.nbd.aio`) does that and sends back the 
        yield Receive(20, "...")  ------->     receive exactly 20 bytes   ------> the bytes
                                               end of stream, no time     ------> thrown into the program
        return value              ------->     the caller gets it
+
+The transmission phase has programs of its own kind and its own structs: see `qmpnbd.nbd.requests` and `messages`.
 
 All integers are big-endian. Section names in quotes are those of doc/proto.md of the NBD project.
 """
@@ -19,16 +21,26 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias, TypeVar
 
-from qmpnbd.nbd.constants import GREETING_MAGIC, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, REQUEST_MAGIC
+from qmpnbd.nbd.constants import (
+    GREETING_MAGIC,
+    MAX_STRING,
+    OLDSTYLE_MAGIC,
+    OPTION_MAGIC,
+    OPTION_REPLY_MAGIC,
+    ZEROES,
+)
+from qmpnbd.nbd.tls import Tls
 
 Received: TypeAlias = bytes | bytearray
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send all of `data`. What comes back is empty."""
+    """Send all of `data`, and right behind it all of `payload`. What comes back is empty."""
 
     data: bytes
+    payload: Buffer = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +49,32 @@ class Receive:
 
     Attributes:
         count: bytes, bounded by whoever asks.
-        what: what is being waited for, for the message when it does not come.
+        what: what is being waited for, for the message when it does not come; made a text only then.
         patience: seconds after which nothing is to be expected any more, whatever time the caller has; when they are
             over TimeoutError is thrown into the program.
     """
 
     count: int
-    what: str
+    what: object
     patience: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class StartTls:
+    """Speak TLS from here on. What comes back is empty.
+
+    Whatever was received in clear and not yet asked for makes this fail: somebody on the way put it there, to have it
+    taken for something that came over TLS.
+
+    Attributes:
+        tls: how, complete.
+    """
+
+    tls: Tls
+
+
 _T = TypeVar("_T")
-Program: TypeAlias = Generator[Send | Receive, Received, _T]
+Program: TypeAlias = Generator[Send | Receive | StartTls, Received, _T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +107,35 @@ class Greeting:
     def unpack(cls, data: Received) -> Greeting:
         """Takes the greeting apart; whether it is one is for the reader to say."""
         return cls(*cls.LAYOUT.unpack(data))
+
+
+@dataclass(frozen=True, slots=True)
+class OldstyleGreeting:
+    """How an oldstyle server begins, and all it ever says of its export ("Oldstyle negotiation").
+
+    ::
+
+        0   8   "NBDMAGIC"
+        8   8   0x420281861253
+        16  8   size of the export
+        24  4   handshake flags (upper half), transmission flags (lower half)
+        28  124 zeroes, reserved
+    """
+
+    size: int
+    flags: int
+
+    LAYOUT: ClassVar = struct.Struct(f">8sQQI{ZEROES}x")
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(GREETING_MAGIC, OLDSTYLE_MAGIC, self.size, self.flags)
+
+    @classmethod
+    def unpack(cls, data: Received) -> OldstyleGreeting:
+        """Takes the greeting apart; the magics are for the reader to check, `flags` are the transmission flags."""
+        _, _, size, flags = cls.LAYOUT.unpack(data)
+        return cls(size, flags & 0xFFFF)
 
 
 CLIENT_FLAGS = struct.Struct(">I")
@@ -150,6 +205,14 @@ def pack_string(text: bytes) -> bytes:
     return _U32.pack(len(text)) + text
 
 
+def unpack_string(data: Received) -> tuple[bytes, bytes] | None:
+    """Returns a string that begins `data` and what follows it; None if it does not fit, or is longer than allowed."""
+    if len(data) < _U32.size:
+        return None
+    end = _U32.size + int(_U32.unpack_from(data)[0])
+    return (bytes(data[_U32.size : end]), bytes(data[end:])) if end <= min(len(data), _U32.size + MAX_STRING) else None
+
+
 _U16 = struct.Struct(">H")
 _U32 = struct.Struct(">I")
 
@@ -160,8 +223,59 @@ def pack_go(name: bytes, infos: list[int]) -> bytes:
 
 
 def pack_meta_context_query(name: bytes, queries: list[bytes]) -> bytes:
-    """Returns the data of SET_META_CONTEXT: name, number of queries (32 bits), queries; strings with 32-bit lengths."""
+    """Returns the data of SET_ and LIST_META_CONTEXT: name, number of queries (32 bits), queries."""
     return pack_string(name) + _U32.pack(len(queries)) + b"".join(pack_string(query) for query in queries)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportNameReply:
+    """The answer to EXPORT_NAME ("Newstyle negotiation").
+
+    ::
+
+        0   8   size of the export
+        8   2   transmission flags
+        10  124 zeroes, unless NO_ZEROES was agreed
+    """
+
+    size: int
+    flags: int
+
+    LAYOUT: ClassVar = struct.Struct(">QH")
+
+    def pack(self, *, zeroes: bool = False) -> bytes:
+        """Returns the bytes on the wire."""
+        return self.LAYOUT.pack(self.size, self.flags) + bytes(ZEROES if zeroes else 0)
+
+    @classmethod
+    def unpack(cls, data: Received) -> ExportNameReply:
+        """Takes the answer apart; the zeroes say nothing."""
+        return cls(*cls.LAYOUT.unpack_from(data))
+
+
+@dataclass(frozen=True, slots=True)
+class ServerEntry:
+    """NBD_REP_SERVER, one export of a list ("Option reply types").
+
+    ::
+
+        0   4   length of the name
+        4   -   name
+        -   -   description, up to the end
+    """
+
+    name: bytes
+    description: bytes = b""
+
+    def pack(self) -> bytes:
+        """Returns the bytes on the wire."""
+        return pack_string(self.name) + self.description
+
+    @classmethod
+    def unpack(cls, data: Received) -> ServerEntry | None:
+        """Takes an entry apart; None if the name does not fit, or one of the strings is too long."""
+        found = unpack_string(data)
+        return None if found is None or len(found[1]) > MAX_STRING else cls(*found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +332,16 @@ class InfoBlockSize:
         return cls(*cls.LAYOUT.unpack(data)[1:]) if len(data) == cls.LAYOUT.size else None
 
 
+def pack_info_text(kind: int, text: bytes) -> bytes:
+    """Returns NBD_INFO_NAME or NBD_INFO_DESCRIPTION: the type (16 bits), and a string up to the end."""
+    return _U16.pack(kind) + text
+
+
+def unpack_info_text(data: Received) -> bytes | None:
+    """Returns the string of NBD_INFO_NAME or NBD_INFO_DESCRIPTION; None if it is longer than any string."""
+    return bytes(data[_U16.size :]) if len(data) <= _U16.size + MAX_STRING else None
+
+
 def info_type(data: Received) -> int | None:
     """Returns the type that begins the data of a NBD_REP_INFO (16 bits); None if there is not even that."""
     return int(_U16.unpack_from(data)[0]) if len(data) >= _U16.size else None
@@ -246,131 +370,6 @@ class MetaContext:
         if not _U32.size < len(data) <= _U32.size + MAX_STRING:
             return None
         return cls(_U32.unpack_from(data)[0], bytes(data[_U32.size :]))
-
-
-@dataclass(frozen=True, slots=True)
-class RequestHeader:
-    """What the client asks of an export ("Request message").
-
-    ::
-
-        0   4   0x25609513
-        4   2   command flags
-        6   2   command
-        8   8   cookie
-        16  8   offset
-        24  4   length
-    """
-
-    command: int
-    cookie: int
-    offset: int = 0
-    length: int = 0
-    flags: int = 0
-    magic: int = REQUEST_MAGIC
-
-    LAYOUT: ClassVar = struct.Struct(">IHHQQI")
-
-    def pack(self) -> bytes:
-        """Returns the bytes on the wire."""
-        return self.LAYOUT.pack(self.magic, self.flags, self.command, self.cookie, self.offset, self.length)
-
-    @classmethod
-    def unpack(cls, data: Received) -> RequestHeader:
-        """Takes a request apart; the magic is for the reader to check."""
-        magic, flags, command, cookie, offset, length = cls.LAYOUT.unpack(data)
-        return cls(command, cookie, offset, length, flags, magic)
-
-
-REPLY_MAGIC = _U32
-"""The 32 bits that tell which kind of reply follows."""
-
-
-@dataclass(frozen=True, slots=True)
-class SimpleReply:
-    """A simple reply behind its magic ("Simple reply message").
-
-    ::
-
-        0   4   error, 0 for success
-        4   8   cookie
-    """
-
-    error: int
-    cookie: int
-
-    LAYOUT: ClassVar = struct.Struct(">IQ")
-
-    def pack(self) -> bytes:
-        """Returns the bytes on the wire."""
-        return self.LAYOUT.pack(self.error, self.cookie)
-
-    @classmethod
-    def unpack(cls, data: Received) -> SimpleReply:
-        """Takes a simple reply apart."""
-        return cls(*cls.LAYOUT.unpack(data))
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkHeader:
-    """What precedes the payload of a structured reply chunk, behind its magic ("Structured reply chunk message").
-
-    ::
-
-        0   2   flags
-        2   2   type
-        4   8   cookie
-        12  4   length of the payload
-    """
-
-    flags: int
-    type: int
-    cookie: int
-    length: int
-
-    LAYOUT: ClassVar = struct.Struct(">HHQI")
-
-    def pack(self) -> bytes:
-        """Returns the bytes on the wire."""
-        return self.LAYOUT.pack(self.flags, self.type, self.cookie, self.length)
-
-    @classmethod
-    def unpack(cls, data: Received) -> ChunkHeader:
-        """Takes a chunk header apart."""
-        return cls(*cls.LAYOUT.unpack(data))
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorPayload:
-    """The payload of an error chunk ("Structured reply types").
-
-    ::
-
-        0   4   error
-        4   2   length of the message
-        6   -   message
-        -   8   offset (ERROR_OFFSET only)
-    """
-
-    error: int
-    message: bytes
-    rest: bytes = b""
-
-    LAYOUT: ClassVar = struct.Struct(">IH")
-    OFFSET: ClassVar = struct.Struct(">Q")
-
-    def pack(self) -> bytes:
-        """Returns the bytes on the wire."""
-        return self.LAYOUT.pack(self.error, len(self.message)) + self.message + self.rest
-
-    @classmethod
-    def unpack(cls, data: Received) -> ErrorPayload | None:
-        """Takes an error apart; None if the message does not fit. What follows the message stays in `rest`."""
-        if len(data) < cls.LAYOUT.size:
-            return None
-        error, length = cls.LAYOUT.unpack_from(data)
-        end = cls.LAYOUT.size + length
-        return cls(error, bytes(data[cls.LAYOUT.size : end]), bytes(data[end:])) if end <= len(data) else None
 
 
 def printable(text: bytes, limit: int = MAX_STRING) -> str:

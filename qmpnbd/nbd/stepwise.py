@@ -1,0 +1,214 @@
+"""The blocking door to option haggling: look around on a server before choosing an export.
+
+::
+
+    with Negotiation.connect("nbd+unix:///?socket=/run/nbd.sock") as negotiation:
+        for name, description in negotiation.list_exports():
+            print(name, description, negotiation.info(name).size, negotiation.list_contexts(name))
+        negotiation.set_contexts("disk", ["base:allocation"])
+        with negotiation.go("disk") as client:
+            ...
+
+Whoever knows what to ask for needs only `qmpnbd.nbd.client.Client.connect`. The programs are those of
+`qmpnbd.nbd.negotiation`; `qmpnbd.nbd.aio_stepwise` is the same for asyncio.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.errors import QmpnbdError, UsageError
+from qmpnbd.nbd.client import Client
+from qmpnbd.nbd.export import ExportInfo, Replies
+from qmpnbd.nbd.negotiation import Haggling
+from qmpnbd.nbd.policy import UriPolicy, admitted
+from qmpnbd.nbd.sockets import Stream, drive, open_stream
+from qmpnbd.nbd.tls import Tls
+from qmpnbd.nbd.uri import NbdUri
+from qmpnbd.nbd.wire import Program
+
+LEAVE_PATIENCE: Final = 1.0
+"""Seconds to wait for room in the socket to take leave in. Nobody answers it, so it is not worth more."""
+
+_T = TypeVar("_T")
+
+
+class Negotiation:
+    """A connection on which nothing has been chosen yet. Make it with `connect`; it is a context manager.
+
+    One call at a time. A refusal (NbdRefusedError, NbdContextError, NbdUnsupportedError, UsageError) leaves it where
+    it was; after every other error it is closed. QEMU hangs up on whoever has not chosen within 10 s.
+
+    Attributes:
+        uri: where the server is; its export name is a proposal, no more.
+        where: the same, printable.
+    """
+
+    def __init__(self, stream: Stream, haggling: Haggling, uri: NbdUri) -> None:
+        self._stream = stream
+        self._haggling = haggling
+        self._busy = False
+        self._given_away = False
+        self.uri = uri
+        self.where = haggling.where
+
+    @classmethod
+    def connect(
+        cls,
+        uri: str | NbdUri,
+        *,
+        tls: Tls | None = None,
+        policy: UriPolicy | None = None,
+        deadline: Deadline | None = None,
+        best: Replies = "extended",
+    ) -> Self:
+        """Connects, changes to TLS if it is wanted, and agrees on the form of replies.
+
+        Args:
+            uri: where the server is.
+            tls: how to encrypt, beyond what the URI says; TLS is used even if the URI does not ask for it.
+            policy: what the URI may ask for; by default everything but files of this machine.
+            deadline: how long it may take. The greeting alone never takes more than 10 s.
+            best: the form of replies not to be exceeded.
+
+        Raises:
+            UsageError: the URI or the parameters of TLS cannot be right, or the URI asks for what is not allowed.
+            DeadlineError: the time is over.
+            NbdConnectError: nobody answers there, or does not greet.
+            NbdProtocolError: what answers does not speak NBD, or broke the protocol.
+            NbdRefusedError: the server insists on TLS.
+            NbdTlsError: TLS is wanted and did not come about.
+            NbdUnsupportedError: a kind of TLS that is not supported.
+            NbdDisconnectedError: the server ended the connection.
+        """
+        parsed, secure = admitted(uri, tls, policy)
+        where, deadline = str(parsed), deadline or Deadline(None)
+        negotiation = cls(open_stream(parsed, deadline, where), Haggling(where), parsed)
+        try:
+            negotiation._run(negotiation._haggling.begin(secure, best), deadline)
+        except BaseException:
+            negotiation.abort()
+            raise
+        return negotiation
+
+    @property
+    def style(self) -> str:
+        """Of the negotiation: fixed newstyle, newstyle or oldstyle; the latter two can only `go`."""
+        return self._haggling.style
+
+    @property
+    def tls(self) -> bool:
+        """Whether the connection is encrypted."""
+        return self._haggling.tls
+
+    @property
+    def replies(self) -> Replies:
+        """The form of replies agreed on."""
+        return self._haggling.replies
+
+    def list_exports(self, deadline: Deadline | None = None) -> list[tuple[str, str]]:
+        """Returns name and description of every export the server is willing to list.
+
+        Raises:
+            NbdRefusedError: it is not willing to list any.
+        """
+        return self._run(self._haggling.list_exports(), deadline)
+
+    def list_contexts(self, export: str, queries: Sequence[str] = (), deadline: Deadline | None = None) -> list[str]:
+        """Returns the metadata contexts an export offers.
+
+        Args:
+            export: its name.
+            queries: which ones: whole names, or namespaces with their colon (``qemu:dirty-bitmap:``); all if empty.
+            deadline: how long it may take.
+
+        Raises:
+            NbdRefusedError: there is no such export.
+            NbdUnsupportedError: the server has no metadata contexts.
+        """
+        return self._run(self._haggling.list_contexts(export, queries), deadline)
+
+    def info(self, export: str, deadline: Deadline | None = None) -> ExportInfo:
+        """Returns what the server tells of an export.
+
+        Raises:
+            NbdRefusedError: there is no such export, or it needs TLS.
+            NbdUnsupportedError: the server cannot tell before an export is chosen, or the export is too large.
+        """
+        return self._run(self._haggling.info(export), deadline)
+
+    def set_contexts(self, export: str, queries: Sequence[str], deadline: Deadline | None = None) -> list[str]:
+        """Selects the metadata contexts for the export that `go` will be given, in place of an earlier selection.
+
+        Args:
+            export: its name.
+            queries: whole names, or namespaces with their colon; QEMU selects nothing for a namespace.
+            deadline: how long it may take.
+
+        Returns:
+            The names of all that were granted.
+
+        Raises:
+            NbdContextError: one of them is not offered.
+            NbdRefusedError: there is no such export.
+            NbdUnsupportedError: the server has no metadata contexts.
+        """
+        return list(self._run(self._haggling.set_contexts(export, queries), deadline))
+
+    def go(self, export: str, deadline: Deadline | None = None) -> Client:
+        """Chooses an export; the negotiation is over then, and the connection belongs to the client.
+
+        Raises:
+            NbdRefusedError: there is no such export, or it needs TLS.
+            NbdUnsupportedError: the export cannot be worked with.
+            UsageError: metadata contexts were selected for another export.
+        """
+        chosen = self._run(self._haggling.go(export), deadline)
+        self._given_away = True
+        return Client.agreed(self._stream, chosen, where_of(self.uri, export))
+
+    def abort(self) -> None:
+        """Takes leave and closes, unless an export was chosen; never fails, and may be called again."""
+        if self._busy:
+            self._stream.shut_down()  # the call under way fails, and closes
+        elif self._haggling.in_step:
+            with contextlib.suppress(QmpnbdError):
+                self._run(self._haggling.abort(), Deadline(LEAVE_PATIENCE))
+            self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _run(self, program: Program[_T], deadline: Deadline | None) -> _T:
+        """Drives a step; where it leaves the conversation out of step, the connection is over."""
+        if self._given_away:
+            raise UsageError("the negotiation is over: an export was chosen", where=self.where)
+        if self._busy:
+            raise UsageError("another call is under way", where=self.where)
+        self._busy = True
+        try:
+            return drive(program, self._stream, deadline or Deadline(None))
+        except BaseException:
+            if not self._haggling.in_step:
+                self._stream.close()
+            raise
+        finally:
+            self._busy = False
+
+
+def where_of(uri: NbdUri, export: str) -> str:
+    """Returns server and export for messages; a URI cannot hold every name that a server can have."""
+    try:
+        return str(replace(uri, export=export))
+    except UsageError:
+        return f"{replace(uri, export='')} {export!r}"
