@@ -1,0 +1,92 @@
+"""A real guest that writes all the time: it must agree, be left as it was, and survive whatever ends a validation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qmpnbd.validate.run import validate
+from tests.servers import Server, blockdev, qemu, qemu_img, qemu_io, wait_until
+from tests.test_vm_images import PACKAGES, ROOT, guest
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        not (PACKAGES / "complete").exists(), reason="no kernel for a guest (scripts/setup demo fetches one)"
+    ),
+]
+
+
+@contextlib.contextmanager
+def running(disk: Path, *devices: str) -> Iterator[Server]:
+    """Boots the guest on a disk that its node `top` serves; it goes on writing to it, steadily."""
+    linux = guest.build(PACKAGES, ROOT / ".work/guest")
+    words = f"{linux.append} qmpnbd.places=1048576,3145728 qmpnbd.write=steady"
+    serial = disk.with_suffix(".serial")
+    boot = ["-m", "192", "-kernel", str(linux.kernel), "-initrd", str(linux.initramfs), "-append", words]
+    with qemu(*boot, "-serial", f"file:{serial}", *devices) as server:
+        server.side("cont")
+        wait_until(lambda: serial.exists() and guest.READY in serial.read_text(errors="replace"), "the guest", 90)
+        yield server
+
+
+def edges(server: Server) -> object:
+    graph = server.side("x-debug-query-block-graph")
+    names = {vertex["id"]: vertex["name"] for vertex in graph["nodes"]}
+    return sorted((names[edge["parent"]], edge["name"], names[edge["child"]]) for edge in graph["edges"])
+
+
+def test_a_writing_guest_agrees_and_sigterm_leaves_everything_as_it_was(three_layers: Path, folder: Path) -> None:
+    disk = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", three_layers / "mid.qcow2", "-F", "qcow2", disk, "64M")
+    qemu_io(disk, "write 20M 1M", "discard 21M 1M", "write -z 30M 1M")
+    with running(disk, "-blockdev", blockdev(disk, "top"), "-device", "virtio-blk-pci,id=vd0,drive=top") as server:
+        before = edges(server)
+        for _ in range(3):
+            report = validate(str(server.qmp), ["vd0"])
+            assert report.verdict in ("agreed", "incomplete")
+            assert report.guest == "running"
+            assert report.disks[0].discrepancy_count == 0
+        command = [sys.executable, "-m", "qmpnbd", "validate", "--qmp", str(server.qmp), "vd0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+            wait_until(lambda: bool(server.exports()) or child.poll() is not None, "the export")
+            child.terminate()
+            child.communicate(timeout=30)
+        assert child.returncode in (143, 0, 3)  # a disk this small may be done before the signal comes
+        assert (server.exports(), server.nbd_server_runs(), edges(server)) == ([], False, before)
+        assert server.side("query-status")["status"] == "running"
+
+
+@pytest.fixture
+def endless(folder: Path) -> Path:
+    """A disk so large that reading its map takes seconds, in two layers."""
+    large = ("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M")
+    qemu_img(*large, folder / "mid.qcow2", "512T")
+    qemu_img(*large, "-b", "mid.qcow2", "-F", "qcow2", folder / "top.qcow2", "512T")
+    return folder / "top.qcow2"
+
+
+@pytest.mark.parametrize("end", ["signal", "timeout"])
+def test_a_guest_in_an_iothread_survives_the_end_of_a_validation(endless: Path, end: str) -> None:
+    """QEMU 7.2 aborts when an NBD client of such a disk leaves before its export."""
+    file = {"driver": "file", "filename": str(endless.with_name("mid.qcow2"))}
+    mid = json.dumps({"driver": "qcow2", "node-name": "mid", "read-only": True, "file": file})
+    devices = ["-object", "iothread,id=io", "-blockdev", mid, "-blockdev", blockdev(endless, "top", backing="mid")]
+    with running(endless, *devices, "-device", "virtio-blk-pci,id=vd0,drive=top,iothread=io") as server:
+        command = [sys.executable, "-m", "qmpnbd", "validate", "--qmp", str(server.qmp), "--allow-iothread", "vd0"]
+        timeout = ["--timeout", "2"] if end == "timeout" else []
+        with subprocess.Popen([*command, *timeout], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+            wait_until(lambda: bool(server.exports()), "the export")
+            if end == "signal":
+                child.send_signal(signal.SIGTERM)
+            _, complaints = child.communicate(timeout=60)
+        assert child.returncode == (143 if end == "signal" else 50), complaints
+        assert server.side("query-status")["status"] == "running"
+        assert (server.exports(), server.nbd_server_runs()) == ([], False)
