@@ -36,13 +36,32 @@ def test_nbdinfo(extents: ExtentMap, context: str) -> None:
     assert written(nbdinfo.map_json(context, extents)) == "[\n" + ",\n".join(lines) + "\n]\n"
 
 
+@given(maps, maps, st.integers(0, 2**40))
+def test_text_in_lockstep(first: ExtentMap, second: ExtentMap, base: int) -> None:
+    size = min(first.size, second.size)
+    both = {"qemu:allocation-depth": first.resized(size, 0), "foreign:thing": second.resized(size, 0)}
+    lines = written(maptext.maps_text(both, base)).splitlines()
+    table = [line.split() for line in lines if not line.split()[1].startswith("[")]
+    assert table[0] == ["offset", "length", *both]
+    cursor = base
+    for row in table[1:]:
+        offset, length, depth, foreign = int(row[0]), int(row[1]), int(row[2]), int(row[-1])
+        assert offset == cursor
+        for at in (offset - base, offset - base + length - 1):
+            assert (both["qemu:allocation-depth"].at(at), both["foreign:thing"].at(at)) == (depth, foreign)
+        assert describe("qemu:allocation-depth", depth) == " ".join(row[3:-1])
+        cursor += length
+    assert cursor == base + size
+
+
 @given(maps, contexts)
-def test_text(extents: ExtentMap, context: str) -> None:
-    lines = [f"{'offset':>16} {'length':>16} value  {context}"]
+def test_nbdinfos_text(extents: ExtentMap, context: str) -> None:
+    lines = []
     for extent in extents:
-        line = f"{extent.offset:>16} {extent.length:>16} {extent.value:>5}  {describe(context, extent.value) or ''}"
-        lines.append(line.rstrip())
-    assert written(maptext.extents_text(context, extents)) == "\n".join(lines) + "\n"
+        meaning = describe(context, extent.value)
+        words = "" if meaning is None else f"  {meaning}"
+        lines.append(f"{extent.offset:>10}  {extent.length:>10}  {extent.value:>3}{words}\n")
+    assert written(nbdinfo.map_text(context, extents)) == "".join(lines)
 
 
 @given(maps, maps)

@@ -6,8 +6,6 @@ import argparse
 
 from qmpnbd.cli import options, output
 
-_SECONDS = 600.0
-
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
@@ -27,7 +25,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--nbdinfo", action="store_true", help="print the very JSON of nbdinfo --map=qemu:allocation-depth --json"
     )
     form.add_argument("--json", action="store_true", help="print one JSON document (schema qmpnbd.chain/1)")
-    options.add_timeout(parser, _SECONDS)
+    options.add_timeout(parser, options.LONG_SECONDS)
     parser.set_defaults(run=run)
 
 
@@ -50,5 +48,5 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         output.write(f"{line}\n" for line in text.layer_table(layers, depth.totals()))
         output.write(["\n"])
-        output.write(maptext.extents_text(ALLOCATION_DEPTH, depth))
+        output.write(maptext.maps_text({ALLOCATION_DEPTH: depth}))
     return 0

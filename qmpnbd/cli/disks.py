@@ -10,15 +10,13 @@ from qmpnbd.cli import options, output
 if TYPE_CHECKING:
     from qmpnbd.report.model import DisksDocument
 
-_SECONDS = 30.0
-
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     parser = commands.add_parser("disks", help="list the guest's disks and their backing chains", allow_abbrev=False)
     options.add_monitor(parser)
     options.add_json(parser, "qmpnbd.disks/1")
-    options.add_timeout(parser, _SECONDS)
+    options.add_timeout(parser, options.SHORT_SECONDS)
     parser.set_defaults(run=run)
 
 

@@ -17,7 +17,7 @@ TERMINATED = 143
 
 _OTHERS = {
     AGREED: "success; validate: served and computed agree",
-    DISCREPANCY: "validate: served and computed differ",
+    DISCREPANCY: "validate: served and computed differ; info --can: no",
     INCOMPLETE: "validate: no discrepancy, but not everything could be judged",
     HANGUP: "ended by SIGHUP, everything taken down",
     INTERRUPTED: "ended by Ctrl-C (SIGINT), everything taken down",

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from qmpnbd.cli import options, output
+from qmpnbd.errors import UsageError
+from qmpnbd.nbd.constants import ALLOCATION_DEPTH
 
-_SECONDS = 600.0
-_DEPTH = "qemu:allocation-depth"
+if TYPE_CHECKING:
+    from qmpnbd.extents import ExtentMap
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     parser = commands.add_parser("map", help="show what an NBD server says of an export", allow_abbrev=False)
-    parser.add_argument("uri", metavar="URI", help="nbd[s]://HOST[:PORT]/EXPORT or nbd[s]+unix:///EXPORT?socket=PATH")
+    options.add_uri(parser)
     parser.add_argument(
         "--context",
         action="append",
         metavar="NAME",
-        help=f"metadata context, several with several --context (default: {_DEPTH})",
+        help=f"metadata context, several side by side with several --context (default: {ALLOCATION_DEPTH})",
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--nbdinfo", action="store_true", help="print the very JSON of nbdinfo --map=NAME --json")
-    form.add_argument("--json", action="store_true", help="print one JSON document (schema qmpnbd.map/1)")
-    options.add_timeout(parser, _SECONDS)
+    parser.add_argument("--offset", type=options.whole, default=0, metavar="BYTES", help="begin there (default: 0)")
+    parser.add_argument(
+        "--length", type=options.whole, metavar="BYTES", help="so many bytes (default: to the end of the export)"
+    )
+    parser.add_argument("--totals", action="store_true", help="how many bytes have each status, not where")
+    options.add_nbdinfo(parser, "nbdinfo --map=NAME", "qmpnbd.map/1")
+    options.add_timeout(parser, options.LONG_SECONDS)
     options.add_tls(parser)
     parser.set_defaults(run=run)
 
@@ -31,30 +37,42 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from qmpnbd.deadline import Deadline
-    from qmpnbd.errors import UsageError
     from qmpnbd.nbd.client import Client
 
-    contexts = list(dict.fromkeys(arguments.context or [_DEPTH]))
-    if arguments.nbdinfo and len(contexts) > 1:
-        raise UsageError("several contexts", where="--nbdinfo", remedy="nbdinfo's form has room for one.")
+    contexts = list(dict.fromkeys(arguments.context or [ALLOCATION_DEPTH]))
+    compatible = arguments.nbdinfo or arguments.nbdinfo_text
+    if compatible and (len(contexts) > 1 or arguments.offset or arguments.length is not None):
+        raise UsageError(
+            "several contexts or a part of the export", where="--nbdinfo", remedy="nbdinfo's form has no room for that."
+        )
+    if arguments.totals and arguments.json:
+        raise UsageError("there is no such document", where="--totals --json", remedy="Add up the extents of --json.")
     deadline = Deadline(arguments.timeout)
     with Client.connect(arguments.uri, contexts=contexts, deadline=deadline, tls=options.tls(arguments)) as client:
-        maps = client.maps(deadline=deadline)
+        found = client.maps(arguments.offset, arguments.length, deadline=deadline)
         size = client.export.size
+    maps = {context: found[context] for context in contexts}
     # Each form brings its own renderer in: pydantic alone takes longer than reading most maps.
-    if arguments.nbdinfo:
-        from qmpnbd.report import nbdinfo
-
-        output.write(nbdinfo.map_json(contexts[0], maps[contexts[0]]))
+    if compatible or arguments.totals:
+        _write_as_nbdinfo(maps, as_json=arguments.nbdinfo, totals=arguments.totals)
     elif arguments.json:
         from qmpnbd.report import jsontext
         from qmpnbd.report.model import MapDocument
 
-        head = MapDocument(uri=arguments.uri, size=size, maps=())
-        output.write(jsontext.map_json(head, {context: maps[context] for context in contexts}))
+        head = MapDocument(uri=arguments.uri, size=size, offset=arguments.offset, maps=())
+        output.write(jsontext.map_json(head, maps))
     else:
         from qmpnbd.report import maptext
 
-        for context in contexts:
-            output.write(maptext.extents_text(context, maps[context]))
+        output.write(maptext.maps_text(maps, arguments.offset))
     return 0
+
+
+def _write_as_nbdinfo(maps: dict[str, ExtentMap], *, as_json: bool, totals: bool) -> None:
+    from qmpnbd.report import nbdinfo
+
+    for context, extents in maps.items():
+        if totals:
+            output.write([(nbdinfo.totals_json if as_json else nbdinfo.totals_text)(context, extents)])
+        else:
+            output.write((nbdinfo.map_json if as_json else nbdinfo.map_text)(context, extents))

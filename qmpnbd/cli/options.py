@@ -28,6 +28,39 @@ def at_least_two(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """Reads a whole number of 0 or more."""
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes")
+    return int(text)
+
+
+LONG_SECONDS = 600.0
+"""For what reads whole maps: ten times what a disk of a hundred million extents takes."""
+
+SHORT_SECONDS = 30.0
+"""For what only asks a few questions."""
+
+
+def add_uri(parser: argparse.ArgumentParser) -> None:
+    """Adds the URI of an export."""
+    parser.add_argument("uri", metavar="URI", help="nbd[s]://HOST[:PORT]/EXPORT or nbd[s]+unix:///EXPORT?socket=PATH")
+
+
+def add_nbdinfo(parser: argparse.ArgumentParser, command: str, schema: str) -> None:
+    """Adds ``--json``, ``--nbdinfo`` and ``--nbdinfo-text``, of which one can be chosen.
+
+    Args:
+        parser: the command's.
+        command: the command of nbdinfo whose output is printed.
+        schema: of the JSON document.
+    """
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help=f"print one JSON document (schema {schema})")
+    form.add_argument("--nbdinfo", action="store_true", help=f"print the very bytes of {command} --json")
+    form.add_argument("--nbdinfo-text", action="store_true", help=f"print the very bytes of {command}")
+
+
 def add_timeout(parser: argparse.ArgumentParser, default: float) -> None:
     """Adds ``--timeout``."""
     parser.add_argument(

@@ -12,7 +12,6 @@ from qmpnbd.errors import LeftBehindError
 if TYPE_CHECKING:
     from qmpnbd.report.model import ValidationReport
 
-_SECONDS = 600.0
 _ROUNDS = 5
 
 
@@ -30,7 +29,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     options.add_monitor(parser)
     options.add_json(parser, "qmpnbd.validate/1")
-    options.add_timeout(parser, _SECONDS)
+    options.add_timeout(parser, options.LONG_SECONDS)
     parser.add_argument(
         "--rounds",
         type=options.at_least_two,

@@ -34,6 +34,7 @@ class ExportInfo:
         maximum_payload: bytes of data in one request or reply.
         description: the server's words, printable; may be empty.
         canonical: the name the server itself gives the export; empty if it did not tell.
+        sizes_told: whether the block sizes are the server's word, and not the specification's defaults.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ExportInfo:
     maximum_payload: int = constants.DEFAULT_MAXIMUM_PAYLOAD
     description: str = ""
     canonical: str = ""
+    sizes_told: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ def _with_sizes(info: ExportInfo, sizes: wire.InfoBlockSize, where: str) -> Expo
         raise NbdUnsupportedError(
             f"an export of {info.size} bytes in blocks of {minimum}: its last bytes cannot be asked for", where=where
         )
-    return replace(info, minimum_block=minimum, preferred_block=preferred, maximum_payload=maximum)
+    return replace(info, minimum_block=minimum, preferred_block=preferred, maximum_payload=maximum, sizes_told=True)
 
 
 def name_to_wire(what: str, text: str, where: str) -> bytes:

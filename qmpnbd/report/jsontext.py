@@ -54,13 +54,13 @@ def map_json(head: MapDocument, maps: dict[str, ExtentMap]) -> Iterator[str | by
     separator = "\n"
     for context, extents in maps.items():
         yield f'{separator}    {{\n      "context": {json.dumps(context)},\n      "extents": ['
-        yield from _extents(extents, "        ")
+        yield from _extents(extents, "        ", head.offset)
         yield "\n      ]\n    }"
         separator = ",\n"
     yield "\n  ]\n}\n"
 
 
-def _extents(extents: ExtentMap, indent: str) -> Iterator[bytes]:
+def _extents(extents: ExtentMap, indent: str, base: int = 0) -> Iterator[bytes]:
     def line(offsets: U64, lengths: U64, values: U64) -> list[Block]:
         count = offsets.size
         return [
@@ -75,4 +75,4 @@ def _extents(extents: ExtentMap, indent: str) -> Iterator[bytes]:
 
     if len(extents):
         yield b"\n"
-    yield from joined(extent_rows(extents, line), b",\n")
+    yield from joined(extent_rows(extents, line, base=base), b",\n")

@@ -277,11 +277,19 @@ class ContextMap(Part):
 
 
 class MapDocument(Document):
-    """The result of ``qmpnbd map``."""
+    """The result of ``qmpnbd map``.
+
+    Attributes:
+        uri: the export.
+        size: bytes of the export.
+        offset: where the maps begin.
+        maps: one for each context.
+    """
 
     schema_: Literal["qmpnbd.map/1"] = Field(default="qmpnbd.map/1", alias="schema")
     uri: str
     size: int
+    offset: int = 0
     maps: tuple[ContextMap, ...]
 
 

@@ -83,23 +83,48 @@ def choice(values: U64, text: Callable[[int], bytes]) -> Block:
     return characters, (np.arange(width) < lengths[:, None])[which]
 
 
-def extent_rows(
-    extents: ExtentMap, blocks: Callable[[U64, U64, U64], Sequence[Block]], lines: int = LINES
-) -> Iterator[bytes]:
-    """Yields the text of a map, some thousand extents at a time.
+Line: TypeAlias = Callable[[U64, U64, Sequence[U64]], Sequence[Block]]
+"""Makes the blocks of lines from the columns offset, length and values, one column of these for each map."""
+
+
+def rows(ends: U64, columns: Sequence[U64], line: Line, *, base: int = 0, lines: int = LINES) -> Iterator[bytes]:
+    """Yields the text of runs, some thousand at a time.
 
     Args:
-        extents: the map.
-        blocks: makes the blocks of a line from the columns offset, length and value.
-        lines: extents at a time.
+        ends: where each run ends.
+        columns: the values of each run, in one map or several.
+        line: makes the blocks.
+        base: what is added to every offset.
+        lines: runs at a time.
     """
-    for first in range(0, len(extents), lines):
-        ends, values = extents.ends[first : first + lines], extents.values[first : first + lines]
-        starts = np.empty_like(ends)
-        starts[0] = extents.ends[first - 1] if first else 0
-        starts[1:] = ends[:-1]
-        parts = blocks(starts, ends - starts, values)
-        yield _set(parts)
+    for first in range(0, ends.size, lines):
+        some_ends = ends[first : first + lines]
+        starts = np.empty_like(some_ends)
+        starts[0] = ends[first - 1] if first else 0
+        starts[1:] = some_ends[:-1]
+        values = [column[first : first + lines] for column in columns]
+        yield _set(line(starts + np.uint64(base), some_ends - starts, values))
+
+
+def extent_rows(
+    extents: ExtentMap, blocks: Callable[[U64, U64, U64], Sequence[Block]], *, base: int = 0, lines: int = LINES
+) -> Iterator[bytes]:
+    """Yields the text of a map; see `rows`."""
+    return rows(
+        extents.ends,
+        [extents.values],
+        lambda starts, lengths, values: blocks(starts, lengths, values[0]),
+        base=base,
+        lines=lines,
+    )
+
+
+def lockstep(maps: Sequence[ExtentMap]) -> tuple[U64, list[U64]]:
+    """Cuts maps of one size at all their edges: the ends of the runs, and each map's values in them."""
+    ends = maps[0].ends
+    for other in maps[1:]:
+        ends, _, _ = ExtentMap(ends, np.arange(ends.size, dtype=np.uint64)).aligned(other)
+    return ends, [each.values[np.searchsorted(each.ends, ends, side="left")] for each in maps]
 
 
 def _set(parts: Sequence[Block]) -> bytes:

@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 from qmpnbd.printable import printable as shown
 from qmpnbd.report.contexts import describe
+from qmpnbd.report.maptext import status_mark
 from qmpnbd.report.model import (
     DiscrepancyEntry,
     DiskReport,
@@ -130,17 +131,12 @@ def layer_table(layers: Sequence[LayerEntry], totals: Mapping[int, int]) -> Iter
 
 
 def _strip(disk: DiskReport) -> str:
-    cells = [depth_mark(depth) for depth in disk.strip]
+    cells = [status_mark(depth) for depth in disk.strip]
     for each in disk.discrepancies:
         first = each.offset * len(cells) // disk.size
         last = (each.end - 1) * len(cells) // disk.size
         cells[first : last + 1] = ["!"] * (last + 1 - first)
     return "".join(cells)
-
-
-def depth_mark(depth: int) -> str:
-    """Returns one character for an allocation depth: ``.`` for 0, ``+`` above 9."""
-    return "." if depth == 0 else str(depth) if depth <= 9 else "+"
 
 
 def disks_text(document: DisksDocument) -> str:
