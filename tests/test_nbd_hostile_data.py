@@ -30,6 +30,7 @@ from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.reconnect import Reconnect
 from tests.hostile_nbd import BASE, DEPTH, Script, To, acknowledged, honest, honest_read, pattern, serving, simple_read
 from tests.nbd_doors import LONG, SHORT, Door, both_doors
+from tests.option_bytes import unsupported
 from tests.servers import wait_until
 
 HONEST = {DEPTH: ExtentMap.uniform(8 << 20, 1), BASE: ExtentMap.uniform(8 << 20, 0)}
@@ -71,16 +72,9 @@ def test_everything_with_an_honest_server(door: Door, folder: Path, form: str, d
 
 @both_doors
 def test_a_server_with_simple_replies_only(door: Door, folder: Path) -> None:
-    server = Script(options={8: b""}, read=simple_read)
-    server.options = {8: _unsupported(8)}
+    server = Script(options={8: unsupported(8)}, read=simple_read)
     with serving(folder, server) as uri:
         assert door(uri, ("read", 3, 70000), "flush", contexts=()) == [pattern(3, 70000), None]
-
-
-def _unsupported(option: int) -> bytes:
-    from tests.option_bytes import unsupported
-
-    return unsupported(option)
 
 
 FAULTS: dict[str, Callable[[To, RequestHeader], list[bytes]]] = {
@@ -401,11 +395,9 @@ def _hang_up() -> Iterator[bytes]:
 
 
 @both_doors
-def test_a_loss_that_lasts_and_an_export_that_became_another(door: Door, folder: Path) -> None:
-    server = Script(read=lambda request, count: _hang_up())
+def test_after_a_loss_the_export_must_be_the_same(door: Door, folder: Path) -> None:
+    server = Script()
     with serving(folder, server) as uri:
-        server.greeting, before = b"", server.greeting
-        server.greeting = before
         reads = 0
 
         def tell(request: RequestHeader, count: int) -> Iterator[bytes]:
@@ -440,3 +432,19 @@ def test_a_read_only_export(door: Door, folder: Path) -> None:
         outcomes = door(uri, ("write", 0, b"x"), ("trim", 0, 1), ("write_zeroes", 0, 1), ("read", 0, 1 << 40))
     assert [type(outcome) for outcome in outcomes] == [NbdUnsupportedError] * 3 + [UsageError]
     assert [request.command for request in server.requests] in ([], [Command.DISC])
+
+
+@both_doors
+def test_a_server_that_is_gone_when_something_is_sent(door: Door, folder: Path) -> None:
+    """Found out while sending, not while receiving; then it is a loss like any other."""
+    server = Script(flags=WRITABLE, others=lambda request, count: _hang_up())
+    with serving(folder, server) as uri:
+        outcomes = door(uri, ("write", 0, bytes(8 << 20)), ("read", 0, 512), "flush")
+        assert [type(outcome) for outcome in outcomes] == [NbdDisconnectedError] * 3
+        assert "lost before" in str(outcomes[2])
+        server.others = lambda request, count: [acknowledged(request)]
+        again = {"reconnect": Reconnect(3, 0.0)}
+        server.flush = lambda request, count: _hang_up()
+        lost, read = door(uri, "flush", ("read", 0, 512), **again)
+        assert isinstance(lost, NbdDisconnectedError)
+        assert read == pattern(0, 512)

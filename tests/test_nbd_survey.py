@@ -522,6 +522,15 @@ def test_what_cannot_be_true_is_not_believed_of_many_either(wrong: Tell, match: 
         assert maps == {DEPTH: ExtentMap.uniform(HUGE, 0)}
 
 
+def test_nothing_is_left_out_where_the_connection_was_lost_before() -> None:
+    dead, good = connected(HUGE, 512, {DEPTH: 7}), connected(HUGE, 512, {DEPTH: 7})
+    dead.lose()
+    survey = Survey(dead.export, "here")
+    with pytest.raises(NbdDisconnectedError, match="lost before"):
+        Line(dead, emptiness).run(survey.run(dead))
+    assert Line(good, emptiness).run(survey.run(good)) == {DEPTH: ExtentMap.uniform(HUGE, 0)}
+
+
 def test_many_requests_given_up_or_lost() -> None:
     export = connected(HUGE, 512, {DEPTH: 7}).export
     first, second = Connection(export, "here"), Connection(export, "here")

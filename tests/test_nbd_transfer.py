@@ -15,13 +15,13 @@ from qmpnbd.errors import (
     NbdUnsupportedError,
     UsageError,
 )
-from qmpnbd.nbd import constants, transfer
+from qmpnbd.nbd import transfer
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import Command, CommandFlag, TransmissionFlag
 from qmpnbd.nbd.export import Replies
 from qmpnbd.nbd.handshake import Export
 from qmpnbd.nbd.messages import RequestHeader
-from qmpnbd.nbd.requests import Batch, ReceiveInto, Wait
+from qmpnbd.nbd.requests import ReceiveInto
 from qmpnbd.nbd.wire import Send
 from tests.hostile_nbd import To, acknowledged, honest_read, pattern, simple, simple_read
 from tests.nbd_line import Line, Tell
@@ -276,6 +276,21 @@ def test_after_a_loss_the_rest_of_a_read_is_read_over_another_connection() -> No
     assert buffer == pattern(0, 3 << 20)
 
 
+def test_nothing_is_left_out_where_the_connection_was_lost_before() -> None:
+    dead, good = connected(), connected()
+    dead.lose()
+    buffer = bytearray(3 << 20)
+    reading = transfer.Reading(dead.export, "here", 0, memoryview(buffer))
+    plan = transfer.Chunks(dead.export, "here", [(0, 3 << 20)], size=1 << 20, in_flight=2)
+    for job in (reading.run(dead), plan.run(dead)):
+        with pytest.raises(NbdDisconnectedError, match="lost before"):
+            Line(dead, honest).run(job)
+    line = Line(good, honest)
+    line.run(reading.run(good))
+    line.run(plan.run(good))
+    assert buffer == b"".join(data for _, data in sorted(line.given)) == pattern(0, 3 << 20)
+
+
 @pytest.mark.parametrize(("size", "in_flight"), [(0, 8), (-1, 8), (100, 8), (512, 0), (512, 65)])
 def test_pieces_that_make_no_sense(size: int, in_flight: int) -> None:
     with pytest.raises(UsageError):
@@ -334,9 +349,3 @@ def test_coverage_is_what_a_set_of_bytes_is(runs: list[tuple[int, int]]) -> None
             told |= cells
     gap = next((cell for cell in range(50) if cell not in told), None)
     assert coverage.gap == gap
-
-
-def test_a_batch_has_nothing_at_first() -> None:
-    assert not Batch().pending
-    assert Wait(Batch(), "it").what == "it"
-    assert constants.SECTOR == 512

@@ -92,6 +92,9 @@ class Runner:
                     operation = job.send(b"")
         except StopIteration as stop:
             return (stop.value,)
+        except BaseException:
+            self.stream.keep()  # the caller may have its buffer back
+            raise
         return operation
 
     async def _perform(self, operation: Send | Wait, deadline: Deadline) -> None:
@@ -177,7 +180,8 @@ class Runner:
     def _fail(self, error: BaseException) -> None:
         """Ends the connection for all calls."""
         self._error = self._error or error
-        self.connection.closed()
+        if self.connection.live:
+            self.connection.lose()
         self._pump.stop()
         if self._listening is not None:
             self._listening.remove_reader(self.stream.fileno())
@@ -191,7 +195,6 @@ class Runner:
     def _end(self, job: Job[Any]) -> None:
         """Lets go of a program, finished or not."""
         job.close()
-        self.stream.keep()
         if not self.connection.live and self._error is None:
             self._fail(NbdDisconnectedError("the connection was lost", where=self.connection.where))
 

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from typing import Any, TypeVar
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import QmpnbdError, UsageError
+from qmpnbd.errors import NbdDisconnectedError, QmpnbdError, UsageError
 from qmpnbd.nbd.channel import Pump
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.requests import Give, Job, Wait
@@ -114,7 +114,7 @@ class Runner:
         stream, where = self.stream, self.connection.where
         if isinstance(operation, Send):
             stream.push(operation.data, operation.payload)
-            while not stream.flush():
+            while not self._flush():
                 stream.wait(select.POLLIN | select.POLLOUT, "the server to take a request", clock)
                 self._pump.advance()
             return
@@ -123,7 +123,15 @@ class Runner:
             if self._pump.advance():
                 if not finished:
                     clock.check(what, where)
-            elif stream.flush():
+            elif self._flush():
                 stream.wait(select.POLLIN, what, clock)
             else:  # what a call that ran out of time left behind
                 stream.wait(select.POLLIN | select.POLLOUT, what, clock)
+
+    def _flush(self) -> bool:
+        """Sends what the socket takes; whether nothing is left."""
+        try:
+            return self.stream.flush()
+        except NbdDisconnectedError:
+            self.connection.lose()
+            raise

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from qmpnbd.errors import NbdUnsupportedError, UsageError
+from qmpnbd.errors import NbdDisconnectedError, NbdUnsupportedError, UsageError
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import Command, CommandFlag, TransmissionFlag
 from qmpnbd.nbd.handshake import Export
@@ -151,7 +151,7 @@ class Reading:
             while self._todo or self._out:
                 headers = []
                 while self._todo and len(batch.pending) < IN_FLIGHT:
-                    headers.append(self._request(connection, batch, *self._todo.popleft()))
+                    headers.append(self._request(connection, batch))
                 if headers:
                     yield Send(b"".join(headers))
                 yield Wait(batch, Due(batch.pending))
@@ -160,11 +160,12 @@ class Reading:
                     connection.require_success(request)
                     del self._out[request]
 
-    def _request(self, connection: Connection, batch: Batch, offset: int, length: int) -> bytes:
+    def _request(self, connection: Connection, batch: Batch) -> bytes:
+        offset, length = self._todo[0]  # it stays there until it is booked: the connection may be lost
         start = offset - self._offset
         sink = Destination(connection, offset, self._buffer[start : start + length])
         header = connection.submit(batch, Command.READ, offset, length, sink, flags=self._flags)
-        self._out[next(reversed(batch.pending.values()))] = (offset, length)
+        self._out[next(reversed(batch.pending.values()))] = self._todo.popleft()
         return header
 
 
@@ -242,7 +243,11 @@ class Chunks:
         headers = []
         while len(batch.pending) < self._in_flight and (piece := self._piece()) is not None:
             sink = Destination(connection, piece.offset, piece.buffer[: piece.length])
-            headers.append(connection.submit(batch, Command.READ, piece.offset, piece.length, sink))
+            try:
+                headers.append(connection.submit(batch, Command.READ, piece.offset, piece.length, sink))
+            except NbdDisconnectedError:
+                self._again.appendleft(piece)
+                raise
             self._out[next(reversed(batch.pending.values()))] = piece
         return b"".join(headers)
 
