@@ -1,0 +1,163 @@
+"""``qmpnbd map`` and ``qmpnbd info`` against nbdinfo's own bytes, and what they can do beyond it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import listening, process, tool, wait_until
+from tests.test_cli import document, qmpnbd
+
+pytestmark = pytest.mark.real
+
+DEPTH, BASE = "qemu:allocation-depth", "base:allocation"
+
+
+def nbdinfo(*arguments: str, code: int = 0) -> str:
+    done = subprocess.run([tool("nbdinfo"), *arguments], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    return done.stdout
+
+
+def is_1_14() -> bool:
+    """Whether the nbdinfo here prints servers as ours does; maps are the same in all releases."""
+    return " 1.14." in nbdinfo("--version")
+
+
+@contextlib.contextmanager
+def running(folder: Path, *command: str) -> Iterator[str]:
+    path = folder / "s"
+    arguments = [part.format(socket=path) for part in command]
+    with process([tool(arguments[0]), *arguments[1:]], folder / "log") as child:
+        wait_until(lambda: listening(path) or child.poll() is not None, "the server")
+        assert child.poll() is None, (folder / "log").read_text()
+        yield f"nbd+unix:///{{}}?socket={path}"
+
+
+@pytest.fixture
+def disk(folder: Path, three_layers: Path) -> Iterator[str]:
+    image = str(three_layers / "top.qcow2")
+    options = ("-A", "-r", "-t", "-e", "5", "-x", "disk", "-D", 'a "description"', "-f", "qcow2")
+    with running(folder, "qemu-nbd", *options, "-k", "{socket}", image) as uri:
+        yield uri.format("disk")
+
+
+@pytest.mark.parametrize("context", [DEPTH, BASE])
+def test_maps(disk: str, context: str) -> None:
+    ours, theirs = ("map", disk, "--context", context), (f"--map={context}", disk)
+    assert qmpnbd(*ours, "--nbdinfo").stdout == nbdinfo(*theirs, "--json")
+    assert qmpnbd(*ours, "--nbdinfo-text").stdout == nbdinfo(*theirs)
+    assert qmpnbd(*ours, "--nbdinfo", "--totals").stdout == nbdinfo(*theirs, "--json", "--totals")
+    assert qmpnbd(*ours, "--nbdinfo-text", "--totals").stdout == nbdinfo(*theirs, "--totals")
+    assert qmpnbd(*ours, "--totals").stdout == nbdinfo(*theirs, "--totals")
+
+
+SERVERS = {
+    "nbdkit": ("nbdkit", "-f", "-U", "{socket}", "memory", "1500K"),
+    "read-only": ("nbdkit", "-f", "-r", "-U", "{socket}", "pattern", "3G"),
+    "no structured replies": ("nbdkit", "-f", "--no-sr", "-U", "{socket}", "memory", "1M"),
+    "newstyle": ("nbdkit", "-f", "--mask-handshake=0", "-U", "{socket}", "memory", "1M"),
+    "oldstyle": ("nbdkit", "-f", "-o", "-U", "{socket}", "memory", "1M"),
+    "block sizes": ("nbdkit", "-f", "-U", "{socket}", "--filter=blocksize-policy", "memory", "1M")
+    + ("blocksize-minimum=512", "blocksize-preferred=64K", "blocksize-maximum=1M"),
+    "empty": ("nbdkit", "-f", "-U", "{socket}", "memory", "0"),
+    "odd": ("nbdkit", "-f", "-U", "{socket}", "memory", "1000"),
+}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_descriptions_of_servers(folder: Path, server: str) -> None:
+    if not is_1_14():
+        pytest.skip("this nbdinfo describes servers in another form than 1.14, which ours has")
+    with running(folder, *SERVERS[server]) as address:
+        uri = address.format("")
+        assert qmpnbd("info", uri, "--nbdinfo").stdout == nbdinfo("--no-content", "--json", uri)
+        assert qmpnbd("info", uri, "--nbdinfo-text").stdout == nbdinfo("--no-content", uri)
+        assert qmpnbd("info", uri, "--size").stdout == nbdinfo("--size", uri)
+
+
+def test_a_description_and_a_list_of_exports(disk: str, folder: Path, three_layers: Path) -> None:
+    if not is_1_14():
+        pytest.skip("this nbdinfo describes servers in another form than 1.14, which ours has")
+    assert qmpnbd("info", disk, "--nbdinfo").stdout == nbdinfo("--no-content", "--json", disk)
+    assert qmpnbd("info", disk, "--nbdinfo-text").stdout == nbdinfo("--no-content", disk)
+    (folder / "two").mkdir()
+    file = f"driver=file,node-name=f,read-only=on,filename={three_layers / 'base.raw'}"
+    exports = [
+        part for name in ('a"b', "ü") for part in ("--export", f"type=nbd,id=x{len(name)},node-name=f,name={name}")
+    ]
+    server = ("qemu-storage-daemon", "--blockdev", file, "--nbd-server", "addr.type=unix,addr.path={socket}", *exports)
+    with running(folder / "two", *server) as address:
+        uri = address.format("ignored")
+        assert qmpnbd("info", uri, "--list", "--nbdinfo").stdout == nbdinfo("--list", "--no-content", "--json", uri)
+        assert qmpnbd("info", uri, "--list", "--nbdinfo-text").stdout == nbdinfo("--list", uri)
+        listed = document(qmpnbd("info", uri, "--list", "--json").stdout)["exports"]
+        refused = qmpnbd("info", uri, code=32)
+    assert isinstance(listed, list)
+    assert [export["name"] for export in listed] == ['a"b', "ü"]
+    assert "ignored" in refused.stderr
+
+
+ABILITIES = (
+    "connect",
+    "read",
+    "write",
+    "cache",
+    "df",
+    "flush",
+    "fua",
+    "multi-conn",
+    "trim",
+    "zero",
+    "fast-zero",
+    "tls",
+)
+
+
+@pytest.mark.parametrize("ability", [*ABILITIES, "read-only", "rotational", "structured-reply"])
+def test_abilities(disk: str, ability: str) -> None:
+    done = subprocess.run([tool("nbdinfo"), "--can", ability, disk], check=False, capture_output=True, timeout=60)
+    assert done.returncode in (0, 2)
+    qmpnbd("info", disk, "--nbdinfo", "--can", ability, code=done.returncode)
+    qmpnbd("info", disk, "--is", ability.upper().replace("-", "_"), code=1 if done.returncode else 0)
+
+
+def test_an_ability_nobody_has_heard_of(disk: str) -> None:
+    assert "is none of: connect" in qmpnbd("info", disk, "--can", "fly", code=2).stderr
+
+
+def test_a_description_as_a_document(disk: str) -> None:
+    described = document(qmpnbd("info", disk, "--json").stdout)
+    assert isinstance(described["exports"], list)
+    (export,) = described["exports"]
+    assert (export["name"], export["size"], export["contexts"]) == ("disk", 16 << 20, [BASE, DEPTH])
+    assert export["description"] == 'a "description"'
+
+
+def test_a_part_of_a_map(disk: str) -> None:
+    whole = json.loads(qmpnbd("map", disk, "--json").stdout)["maps"][0]["extents"]
+    found = document(qmpnbd("map", disk, "--json", "--offset", "1000000", "--length", "2000000").stdout)
+    assert found["offset"] == 1000000
+    assert isinstance(found["maps"], list)
+    cut = []
+    for extent in whole:
+        start = max(extent["offset"], 1000000)
+        end = min(extent["offset"] + extent["length"], 3000000)
+        if start < end:
+            cut.append({"offset": start, "length": end - start, "value": extent["value"]})
+    assert found["maps"][0]["extents"] == cut
+    qmpnbd("map", disk, "--nbdinfo", "--offset", "512", code=2)
+    qmpnbd("map", disk, "--json", "--totals", code=2)
+    qmpnbd("map", disk, "--offset", "-1", code=2)
+
+
+def test_several_contexts_side_by_side(disk: str) -> None:
+    text = qmpnbd("map", disk, "--context", DEPTH, "--context", BASE).stdout.splitlines()
+    assert [line.split()[0] for line in text[:3]] == [DEPTH, BASE, "offset"]
+    assert len(text[0]) == len(text[1]) == len(DEPTH) + 1 + 66
+    assert text[3].split() == ["0", "65536", "3", "backing", "depth", "3", "3", "hole,zero"]
