@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,21 @@ def _write_at(descriptor: int, offset: int, values: npt.NDArray[np.generic]) -> 
     while rest:
         written = os.pwrite(descriptor, rest, offset)
         rest, offset = rest[written:], offset + written
+
+
+def main() -> None:
+    """Writes ``alternating CLUSTERS FILE``: every other cluster allocated.
+
+    A process of its own: what a benchmark itself has in memory would count as its children's peak (they begin as its
+    copies).
+    """
+    kind, clusters, path = sys.argv[1:]
+    if kind != "alternating":
+        raise SystemExit(f"unknown kind of image: {kind}")
+    allocated = np.zeros(int(clusters), dtype=bool)
+    allocated[::2] = True
+    write_qcow2(Path(path), allocated)
+
+
+if __name__ == "__main__":
+    main()
