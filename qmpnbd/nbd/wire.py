@@ -30,6 +30,7 @@ from qmpnbd.nbd.constants import (
     ZEROES,
 )
 from qmpnbd.nbd.tls import Tls
+from qmpnbd.printable import printable as escaped
 
 Received: TypeAlias = bytes | bytearray
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -373,7 +374,6 @@ class MetaContext:
 
 
 def printable(text: bytes, limit: int = MAX_STRING) -> str:
-    """Returns text from the other side so that it can be shown: no control characters, not endless."""
-    decoded = text[:limit].decode("utf-8", errors="replace")
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in decoded)
-    return shown.strip()[:limit]  # an escape is longer than what it stands for
+    """Returns text from the other side so that it can be shown: nothing that a terminal obeys, and not endless."""
+    # An escape is longer than what it stands for, so the limit is kept twice.
+    return escaped(text[:limit].decode("utf-8", errors="replace")).strip()[:limit]

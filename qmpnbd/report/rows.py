@@ -1,14 +1,13 @@
 """Many lines of text from columns of numbers.
 
 A map can have millions of extents, and formatting each in Python takes longer than reading the map did. So lines are
-set like type, some thousand at a time: every part of a line is a block of equal width, one row a line, and a mask says
-which of its characters count::
+set like type, some thousand at a time: every part of a line is a block of equal width, one row a line, and what is
+shorter than its block is filled with NUL, which is left out at the end::
 
-    { "offset":  | 0000065536 |  , "length":  | 131072 | , "type": 1}
-      all        |      65536 |    all        | 131072 |   all of the longest, or less
+    { "offset":  | ␀␀␀␀65536 |  , "length":  | 131072 | , "type": 1},␊
+    { "offset":  | 104857600 |  , "length":  | ␀␀4096 | , "type": 0},␊
 
-The blocks are laid side by side, and what the mask lets through is the text. Measured on 2.2 million lines: 0.4 s,
-where string formatting takes 2.7 s.
+Measured on 2.2 million lines: 0.3 s, where string formatting takes 2.7 s.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ import numpy.typing as npt
 
 from qmpnbd.extents import U64, ExtentMap
 
-Block: TypeAlias = tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]
-"""Characters, a line a row, and which of them count; None for all."""
+Block: TypeAlias = npt.NDArray[np.uint8]
+"""Characters, a line a row; NUL for none."""
 
 LINES = 16384
 """Lines set at a time: their blocks fit into the processor's cache."""
@@ -34,7 +33,7 @@ _POWERS = np.array([10**power for power in range(1, 20)], dtype=np.uint64)
 
 def constant(text: bytes, count: int) -> Block:
     """Returns a block that has the same text in each of `count` lines."""
-    return np.broadcast_to(np.frombuffer(text, dtype=np.uint8), (count, len(text))), None
+    return np.broadcast_to(np.frombuffer(text, dtype=np.uint8), (count, len(text)))
 
 
 def digits(values: U64, width: int = 0) -> Block:
@@ -45,7 +44,6 @@ def digits(values: U64, width: int = 0) -> Block:
         width: at least so many characters, filled with blanks on the left.
     """
     longest = len(str(int(values.max())))
-    shortest = len(str(int(values.min())))
     words = -(-longest // _PLACES)
     looked_up = np.empty((values.size, words), dtype=np.uint32)
     rest = values
@@ -54,20 +52,13 @@ def digits(values: U64, width: int = 0) -> Block:
         looked_up[:, word] = _WORDS[part]
     looked_up[:, 0] = _WORDS[rest]
     characters = looked_up.view(np.uint8)[:, words * _PLACES - longest :]
-    mask = None
-    if shortest < longest:
+    if len(str(int(values.min()))) < longest:
         counts = 1 + np.searchsorted(_POWERS, values, side="right")
-        mask = np.arange(longest) >= (longest - counts)[:, None]
-    if not width:
-        return characters, mask
-    if mask is not None:
-        characters = np.where(mask, characters, np.uint8(ord(" ")))
-    blanks = np.full((values.size, max(0, width - longest)), ord(" "), dtype=np.uint8)
-    if mask is not None and longest > width:
-        mask[:, longest - width :] = True  # blanks up to `width` count; the others do not
-    else:
-        mask = None
-    return np.concatenate((blanks, characters), axis=1), mask
+        filler = np.where(np.arange(longest) < longest - width, np.uint8(0), np.uint8(ord(" ")))
+        characters = np.where(np.arange(longest) < (longest - counts)[:, None], filler, characters)
+    if longest >= width:
+        return characters
+    return np.concatenate((constant(b" " * (width - longest), values.size), characters), axis=1)
 
 
 def choice(values: U64, text: Callable[[int], bytes]) -> Block:
@@ -76,11 +67,7 @@ def choice(values: U64, text: Callable[[int], bytes]) -> Block:
     texts = [text(value) for value in found.tolist()]
     width = max(map(len, texts), default=0)
     table = np.frombuffer(b"".join(each.ljust(width, b"\0") for each in texts), dtype=np.uint8)
-    lengths = np.array([len(each) for each in texts], dtype=np.intp)
-    characters = table.reshape(len(texts), width)[which]
-    if (lengths == width).all():
-        return characters, None
-    return characters, (np.arange(width) < lengths[:, None])[which]
+    return table.reshape(len(texts), width)[which]
 
 
 Line: TypeAlias = Callable[[U64, U64, Sequence[U64]], Sequence[Block]]
@@ -103,7 +90,8 @@ def rows(ends: U64, columns: Sequence[U64], line: Line, *, base: int = 0, lines:
         starts[0] = ends[first - 1] if first else 0
         starts[1:] = some_ends[:-1]
         values = [column[first : first + lines] for column in columns]
-        yield _set(line(starts + np.uint64(base), some_ends - starts, values))
+        blocks = line(starts + np.uint64(base), some_ends - starts, values)
+        yield np.concatenate(blocks, axis=1).tobytes().replace(b"\0", b"")
 
 
 def extent_rows(
@@ -125,14 +113,6 @@ def lockstep(maps: Sequence[ExtentMap]) -> tuple[U64, list[U64]]:
     for other in maps[1:]:
         ends, _, _ = ExtentMap(ends, np.arange(ends.size, dtype=np.uint64)).aligned(other)
     return ends, [each.values[np.searchsorted(each.ends, ends, side="left")] for each in maps]
-
-
-def _set(parts: Sequence[Block]) -> bytes:
-    characters = np.concatenate([block for block, _ in parts], axis=1)
-    if all(mask is None for _, mask in parts):
-        return characters.tobytes()
-    masks = [np.broadcast_to(np.True_, block.shape) if mask is None else mask for block, mask in parts]
-    return characters[np.concatenate(masks, axis=1)].tobytes()
 
 
 def joined(pieces: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
