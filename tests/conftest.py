@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,3 +28,15 @@ def three_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qemu_io(folder / "mid.qcow2", "write -P 1 1M 1M", "write -z 10M 64k")
     qemu_io(folder / "top.qcow2", "write -P 2 64k 128k", "write -P 3 12M 64k")
     return folder
+
+
+@pytest.fixture
+def memory_budget() -> Iterator[None]:
+    """256 MiB more than the process has, and no byte beyond: the kernel refuses what a liar talks somebody into."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -6,6 +6,8 @@ import pytest
 
 from tests import fuzz_nbd
 
+pytestmark = pytest.mark.usefixtures("memory_budget")
+
 
 @pytest.mark.parametrize("part", range(4))
 def test_servers_made_of_chance(part: int) -> None:

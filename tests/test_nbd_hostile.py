@@ -37,6 +37,8 @@ from tests.nbd_doors import SHORT, Door, both_doors
 from tests.option_bytes import info, meta, option_reply
 from tests.servers import wait_until
 
+pytestmark = pytest.mark.usefixtures("memory_budget")
+
 HONEST = {DEPTH: ExtentMap.uniform(8 << 20, 1), BASE: ExtentMap.uniform(8 << 20, 0)}
 
 
@@ -262,3 +264,8 @@ def test_a_server_that_shuts_down(door: Door, folder: Path) -> None:
 def test_an_empty_export(door: Door, folder: Path) -> None:
     with serving(folder, Script(size=0)) as uri:
         assert door(uri, "maps") == [{DEPTH: ExtentMap([], []), BASE: ExtentMap([], [])}]
+
+
+def test_the_memory_budget_of_these_tests_is_enforced() -> None:
+    with pytest.raises(MemoryError):
+        bytearray(257 << 20)

@@ -33,6 +33,8 @@ from tests.nbd_doors import LONG, SHORT, Door, both_doors
 from tests.option_bytes import unsupported
 from tests.servers import wait_until
 
+pytestmark = pytest.mark.usefixtures("memory_budget")
+
 HONEST = {DEPTH: ExtentMap.uniform(8 << 20, 1), BASE: ExtentMap.uniform(8 << 20, 0)}
 FORMS = ["structured", "extended"]
 both_forms = pytest.mark.parametrize("form", FORMS)
