@@ -16,7 +16,8 @@ MODULES = sorted((ROOT / "qmpnbd").rglob("*.py"))
 
 DOORS = {"nbd.client", "nbd.aio", "nbd.sockets", "nbd.aio_sockets"}
 DOORS |= {"qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.rundir"}
-DOORS |= {"images.files", "images.hostfile", "images.qcow2_file"}
+DOORS |= {"images.files", "images.layers", "images.hostfile", "images.qcow2_file"}
+DOORS |= {"images.qcow2_source", "images.qcow2_metadata", "images.tabled_source", "images.check_file", "images.content"}
 """Layer 2; everything else below nbd, qmp and images is layer 1."""
 
 RUN_MODULES = {"validate.run"}

@@ -24,7 +24,7 @@ from qmpnbd.extents import U64, ExtentMap
 Block: TypeAlias = tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_] | None]
 """Characters, a line a row, and which of them count; None for all."""
 
-LINES = 16384
+LINES = 4096
 """Lines set at a time: their blocks fit into the processor's cache."""
 
 _PLACES = 4  # decimal places looked up at a time
@@ -72,7 +72,7 @@ def digits(values: U64, width: int = 0) -> Block:
 
 def choice(values: U64, text: Callable[[int], bytes]) -> Block:
     """Returns a block whose text depends on a number; `text` is asked once for each number that occurs."""
-    found, which = np.unique(values, return_inverse=True)
+    found, which = _distinct(values)
     texts = [text(value) for value in found.tolist()]
     width = max(map(len, texts), default=0)
     table = np.frombuffer(b"".join(each.ljust(width, b"\0") for each in texts), dtype=np.uint8)
@@ -81,6 +81,17 @@ def choice(values: U64, text: Callable[[int], bytes]) -> Block:
     if (lengths == width).all():
         return characters, None
     return characters, (np.arange(width) < lengths[:, None])[which]
+
+
+def _distinct(values: U64) -> tuple[U64, npt.NDArray[np.intp]]:
+    """Returns the numbers that occur, ascending, and which of them each is."""
+    end = int(values.max(initial=0)) + 1
+    if end > LINES:
+        return np.unique(values, return_inverse=True)
+    # Statuses are small nearly always: a table needs no sorting.
+    occurs = np.zeros(end, dtype=bool)
+    occurs[values] = True
+    return np.flatnonzero(occurs).astype(np.uint64), (np.cumsum(occurs) - 1)[values]
 
 
 def extent_rows(
@@ -99,15 +110,31 @@ def extent_rows(
         starts[0] = extents.ends[first - 1] if first else 0
         starts[1:] = ends[:-1]
         parts = blocks(starts, ends - starts, values)
-        yield _set(parts)
+        yield typeset(parts)
 
 
-def _set(parts: Sequence[Block]) -> bytes:
-    characters = np.concatenate([block for block, _ in parts], axis=1)
-    if all(mask is None for _, mask in parts):
-        return characters.tobytes()
-    masks = [np.broadcast_to(np.True_, block.shape) if mask is None else mask for block, mask in parts]
-    return characters[np.concatenate(masks, axis=1)].tobytes()
+def shown_where(block: Block, wanted: npt.NDArray[np.bool_]) -> Block:
+    """Returns a block that is left out of the lines that are not wanted."""
+    characters, mask = block
+    lines = wanted[:, None] if mask is None else mask & wanted[:, None]
+    return characters, np.broadcast_to(lines, characters.shape)
+
+
+def typeset(parts: Sequence[Block]) -> bytes:
+    """Returns the text of blocks laid side by side."""
+    lines, width = parts[0][0].shape[0], sum(block.shape[1] for block, _ in parts)
+    characters = np.empty((lines, width), dtype=np.uint8)
+    counts = None
+    at = 0
+    for block, mask in parts:
+        end = at + block.shape[1]
+        characters[:, at:end] = block
+        if mask is not None:
+            if counts is None:
+                counts = np.ones((lines, width), dtype=bool)
+            counts[:, at:end] = mask
+        at = end
+    return characters.tobytes() if counts is None else characters[counts].tobytes()
 
 
 def joined(pieces: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
