@@ -37,8 +37,9 @@
         ├── ChainError               45  the backing chain loops or is too deep
         └── BackingNotLocalError     46  a layer's backing file is not a local file
 
-Exit codes are API: never renumbered. 0, 1 and 3 are verdicts (agreed, discrepancies found, not everything
-could be judged), not errors; 130, 143 and 129 are SIGINT, SIGTERM and SIGHUP after everything was taken down.
+Exit codes are API: never renumbered. 0, 1 and 3 are verdicts (agreed or clean, discrepancies or corruptions found, not
+everything could be judged or leaks), not errors, and so is 47 (a map with unreadable ranges); 130, 143 and 129 are
+SIGINT, SIGTERM and SIGHUP after everything was taken down.
 """
 
 from __future__ import annotations

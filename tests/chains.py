@@ -7,8 +7,9 @@ A recipe is plain data with a readable id, so it can be a pytest parameter; `bui
         top = build(recipe, tmp_path)
 
 The option matrix: cluster sizes 512 to 2 MiB, versions 2 and 3, one to five layers, raw or qcow2 at the bottom,
-backing files shorter, longer and unaligned, data, zeroes, discards and compressed writes, internal snapshots,
-relative, absolute, ``file:`` and ``json:`` names, preallocation, lazy refcounts.
+extended L2 entries, external data files, zlib and zstd, backing files shorter, longer and unaligned, data, zeroes,
+discards and compressed writes, internal snapshots, commits, relative, absolute, ``file:`` and ``json:`` names,
+preallocation, lazy refcounts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import random
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -47,6 +48,7 @@ class LayerRecipe:
     Attributes:
         naming: how the layer above names this one.
         snapshot_after: an internal snapshot is taken after so many writes; None for none.
+        committed: what it holds is written to the layer below too, once it was made.
         odd: bytes taken from the size in a qcow2 header afterwards; qemu-img itself only makes whole sectors.
     """
 
@@ -54,10 +56,14 @@ class LayerRecipe:
     size: int
     cluster_bits: int = 16
     version: Literal[2, 3] = 3
+    extended_l2: bool = False
+    data_file: Literal["", "plain", "raw"] = ""
+    compression: Literal["zlib", "zstd"] = "zlib"
     lazy_refcounts: bool = False
     preallocation: str = "off"
     writes: tuple[Write, ...] = ()
     snapshot_after: int | None = None
+    committed: bool = False
     odd: int = 0
     naming: Naming = "relative"
 
@@ -70,9 +76,9 @@ class ChainRecipe:
     layers: tuple[LayerRecipe, ...]
 
 
-def recipes(count: int = COUNT, seed: int = SEED) -> list[ChainRecipe]:
-    """Returns `count` different chains, the same ones every time."""
-    return [_chain(number, random.Random(seed + number)) for number in range(count)]
+def recipes(count: int = COUNT, seed: int = SEED, *, data_files: bool = False) -> list[ChainRecipe]:
+    """Returns `count` different chains, the same ones every time; external data files only where asked for."""
+    return [_chain(number, random.Random(seed + number), data_files) for number in range(count)]
 
 
 def build(recipe: ChainRecipe, folder: Path) -> Path:
@@ -82,24 +88,33 @@ def build(recipe: ChainRecipe, folder: Path) -> Path:
         FileNotFoundError: qemu-img or qemu-io is not installed. A missing tool must not turn tests green.
         RuntimeError: one of them failed.
     """
-    below: Path | None = None
-    last = len(recipe.layers) - 1
+    paths = [folder / _file_name(number, recipe) for number in range(len(recipe.layers))]
     for number, layer in enumerate(recipe.layers):
-        name = "top" if number == last else "base" if number == 0 else f"mid{number}"
-        path = folder / f"{name}.{layer.format}"
-        _create(path, layer, below, recipe.layers[number - 1])
+        _create(paths[number], layer, paths[number - 1] if number else None, recipe.layers[number - 1])
+    script: list[str] = []
+    for layer, path in zip(recipe.layers, paths, strict=True):
         cut = len(layer.writes) if layer.snapshot_after is None else layer.snapshot_after
-        _change(path, layer, layer.writes[:cut])
+        script += _changes(path, layer, layer.writes[:cut])
         if layer.snapshot_after is not None:
+            script = _play(script)
             run("qemu-img", "snapshot", "-q", "-c", "before", path)
-            _change(path, layer, layer.writes[cut:])
+            script += _changes(path, layer, layer.writes[cut:])
+        if layer.committed:
+            script = _play(script)
+            run("qemu-img", "commit", "-q", "-d", "-f", "qcow2", path)
+    _play(script)
+    for layer, path in zip(recipe.layers, paths, strict=True):
         if layer.odd:
             with path.open("r+b") as file:
                 file.seek(24)
                 file.write((layer.size - layer.odd).to_bytes(8, "big"))
-        below = path
-    assert below is not None
-    return below
+    return paths[-1]
+
+
+def _file_name(number: int, recipe: ChainRecipe) -> str:
+    last = len(recipe.layers) - 1
+    name = "top" if number == last else "base" if number == 0 else f"mid{number}"
+    return f"{name}.{recipe.layers[number].format}"
 
 
 def run(tool: str, *arguments: object, cwd: Path | None = None) -> str:
@@ -125,13 +140,20 @@ def _create(path: Path, layer: LayerRecipe, below: Path | None, below_recipe: La
             file.truncate(layer.size)
         return
     options = [f"cluster_size={1 << layer.cluster_bits}", f"compat={'0.10' if layer.version == 2 else '1.1'}"]
+    if layer.extended_l2:
+        options.append("extended_l2=on")
+    if layer.data_file:
+        options.append(f"data_file={path.absolute()}.data")
+        options.append(f"data_file_raw={'on' if layer.data_file == 'raw' else 'off'}")
+    if layer.compression != "zlib":
+        options.append(f"compression_type={layer.compression}")
     if layer.lazy_refcounts:
         options.append("lazy_refcounts=on")
     if layer.preallocation != "off":
         options.append(f"preallocation={layer.preallocation}")
     backing: list[object] = []
     if below is not None:
-        backing = ["-F", below_recipe.format, "-b", _name(below, below_recipe)]
+        backing = ["-u", "-F", below_recipe.format, "-b", _name(below, below_recipe)]
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", ",".join(options), *backing, path, layer.size)
 
 
@@ -148,27 +170,44 @@ def _name(path: Path, layer: LayerRecipe) -> str:
             return "json:" + json.dumps({"driver": layer.format, "file": file})
 
 
-def _change(path: Path, layer: LayerRecipe, writes: tuple[Write, ...]) -> None:
-    if writes:
-        commands = [part for write in writes for part in ("-c", str(write))]
-        output = run("qemu-io", "-f", layer.format, *commands, path)
-        if "failed" in output or "rror" in output:
-            raise RuntimeError(f"qemu-io {commands} on {path}: {output}")
+def _changes(path: Path, layer: LayerRecipe, writes: tuple[Write, ...]) -> list[str]:
+    """Returns what to tell qemu-io to change a layer."""
+    return [f"open -o driver={layer.format},cache.no-flush=on {path}", *map(str, writes), "close"] if writes else []
 
 
-def _chain(number: int, dice: random.Random) -> ChainRecipe:
+def _play(script: list[str]) -> list[str]:
+    """Has one qemu-io carry out a script: starting a process costs more than what it does."""
+    if script:
+        output = run("qemu-io", *(part for command in script for part in ("-c", command)))
+        if "failed" in output or "rror" in output or "no file open" in output:
+            raise RuntimeError(f"qemu-io {script}: {output}")
+    return []
+
+
+def _chain(number: int, dice: random.Random, data_files: bool) -> ChainRecipe:
     count = number % 5 + 1
     base_format: Literal["qcow2", "raw"] = "raw" if count > 1 and dice.random() < 0.35 else "qcow2"
     # Every cluster size comes up; the disk is some tens of clusters, and with small ones many L2 tables.
     first_bits = CLUSTER_BITS[number % len(CLUSTER_BITS)]
     size = max(1 << 20, 24 << first_bits)
-    layers = []
+    layers: list[LayerRecipe] = []
     for height in range(count):
         bits = first_bits if dice.random() < 0.6 else dice.choice([bits for bits in CLUSTER_BITS if bits <= 18])
         raw = height == 0 and base_format == "raw"
-        layers.append(_layer(dice, size, bits, raw=raw, has_backing=height > 0))
-    parts = [f"{layer.format}{layer.version if layer.format == 'qcow2' else ''}" for layer in reversed(layers)]
+        layer = _layer(dice, size, bits, raw=raw, has_backing=height > 0)
+        if layer.committed and layers[-1].size < layer.size:
+            layer = replace(layer, committed=False)  # QEMU would have to grow it, which it does not always do
+        layers.append(layer if data_files else replace(layer, data_file=""))
+    parts = [_word(layer) for layer in reversed(layers)]
     return ChainRecipe(f"{number:02}-{'-'.join(parts)}-{1 << layers[-1].cluster_bits}", tuple(layers))
+
+
+def _word(layer: LayerRecipe) -> str:
+    """Returns a layer in a few letters, for the id of its chain."""
+    if layer.format == "raw":
+        return "raw"
+    letters = {"e": layer.extended_l2, "d": layer.data_file, "s": layer.snapshot_after is not None}
+    return f"v{layer.version}" + "".join(letter for letter, is_so in letters.items() if is_so)
 
 
 def _layer(dice: random.Random, size: int, bits: int, *, raw: bool, has_backing: bool) -> LayerRecipe:
@@ -182,20 +221,30 @@ def _layer(dice: random.Random, size: int, bits: int, *, raw: bool, has_backing:
             own = dice.randrange(size // 2, size) // 512 * 512 + 512
     if not raw:
         own = own // 512 * 512
-    version: Literal[2, 3] = dice.choice([2, 3, 3])
+    version: Literal[2, 3] = dice.choice([2, 3, 3, 3])
+    extended = version == 3 and bits >= 14 and dice.random() < 0.4
+    data_file: Literal["", "plain", "raw"] = ""
+    if version == 3 and not raw and dice.random() < 0.2:
+        data_file = "plain" if has_backing else dice.choice(["plain", "raw"])
     preallocation = "metadata" if not has_backing and not raw and dice.random() < 0.15 else "off"
     writes = tuple(_write(dice, own, bits) for _ in range(0 if dice.random() < 0.1 else dice.randrange(1, 16)))
-    if writes and not raw and preallocation == "off":
+    if writes and not raw and preallocation == "off" and not data_file:
         writes = (*_compressed(dice, own, bits), *writes)
     return LayerRecipe(
         format="raw" if raw else "qcow2",
         size=own,
         cluster_bits=bits,
         version=version,
+        extended_l2=extended and not raw,
+        data_file=data_file,
+        compression=dice.choice(["zlib", "zstd"]) if version == 3 and not raw else "zlib",
         lazy_refcounts=version == 3 and dice.random() < 0.2,
         preallocation=preallocation,
         writes=writes,
-        snapshot_after=dice.randrange(len(writes)) if writes and not raw and dice.random() < 0.2 else None,
+        snapshot_after=dice.randrange(len(writes))
+        if writes and not raw and not data_file and dice.random() < 0.2
+        else None,
+        committed=has_backing and dice.random() < 0.1,
         odd=0 if raw or dice.random() < 0.8 else dice.randrange(1, 512),
         naming=dice.choice(["relative", "relative", "absolute", "file", "json"]),
     )
@@ -214,7 +263,7 @@ def _write(dice: random.Random, size: int, bits: int) -> Write:
     start = dice.randrange(sectors)
     if dice.random() < 0.5:
         start = start // cluster * cluster
-        length = cluster * dice.choice([1, 1, 2, 5])
+        length = cluster * dice.choice([1, 1, 2, 5 if bits < 19 else 1])
     else:
-        length = dice.randrange(1, 3 * cluster + 1)
+        length = dice.randrange(1, (3 if bits < 19 else 1) * cluster + 1)
     return Write(command, start * 512, min(length, sectors - start) * 512)

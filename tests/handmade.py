@@ -17,9 +17,10 @@ import numpy as np
 
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.files import open_chain
-from qmpnbd.images.qcow2_format import Qcow2Header, pack_extensions
+from qmpnbd.images.qcow2_format import DATA_FILE_BIT, EXTENDED_L2_BIT, Qcow2Header, pack_extensions
 
 BACKING_FORMAT = 0xE2792ACA
+DATA_FILE = 0x44415441
 NAME_AT = 0x100
 DATA = 0x10000
 END = 0x20000
@@ -29,26 +30,32 @@ SIZE = 128 * 512  # two L2 tables of 64 clusters of 512 bytes
 
 
 def qcow2_bytes(
-    entries: Mapping[int, int],
+    entries: Mapping[int, int] | Mapping[int, tuple[int, int]],
     *,
     size: int = SIZE,
     backing: str = "",
     backing_format: str = "",
+    data_file: str = "",
     length: int = END,
     **fields: Any,
 ) -> bytes:
     """Makes an image.
 
     Args:
-        entries: L2 entries by guest cluster; an L2 table exists where one is not left out.
+        entries: L2 entries by guest cluster; an L2 table exists where one is not left out. With the bitmap beside
+            the entry where the header says that L2 entries are extended.
         size: bytes of the disk.
         backing: the backing name.
         backing_format: recorded beside it if not empty.
+        data_file: the name recorded for an external data file, whose feature bit is set then.
         length: bytes in the file; larger ones are cut, smaller ones padded.
         fields: of `Qcow2Header`; 512-byte clusters unless told otherwise.
     """
     bits = fields.setdefault("cluster_bits", 9)
-    cluster, per_table = 1 << bits, (1 << bits) // 8
+    if data_file:
+        fields["incompatible"] = fields.get("incompatible", 0) | DATA_FILE_BIT
+    words = 2 if fields.get("incompatible", 0) & EXTENDED_L2_BIT else 1
+    cluster, per_table = 1 << bits, (1 << bits) // (8 * words)
     needed = -(-size // (cluster * per_table))
     if backing:
         fields.setdefault("backing_offset", NAME_AT)
@@ -59,12 +66,13 @@ def qcow2_bytes(
     fields.setdefault("l1_offset", cluster if needed else 0)
     header = Qcow2Header(size=size, **fields)
     extensions = [(BACKING_FORMAT, backing_format.encode())] if backing_format else []
+    extensions += [(DATA_FILE, data_file.encode())] if data_file else []
     image = bytearray(header.pack() + pack_extensions(*extensions))
     put(image, NAME_AT, backing.encode())
     table_at = cluster + -(-needed * 8 // cluster) * cluster
     for table in sorted({guest // per_table for guest in entries}):
         put(image, cluster + 8 * table, (table_at | COPIED).to_bytes(8, "big"))
-        row = np.zeros(per_table, dtype=">u8")
+        row = np.zeros((per_table, words), dtype=">u8")
         for guest, entry in entries.items():
             if guest // per_table == table:
                 row[guest % per_table] = entry

@@ -13,22 +13,31 @@ from qmpnbd.images.raw import raw_size
     ("start", "found"),
     [
         (b"QFI\xfb\0\0\0\x01", "qcow"),
-        (b"KDMV\x01", "vmdk"),
-        (b"COWD", "vmdk"),
-        (b"# Disk DescriptorFile\nversion=1\n", "vmdk"),
-        (b"# x\r\n\r\nversion=3\r\nmore", "vmdk"),
         (b"conectix\0", "vpc"),
         (b"vhdxfile", "vhdx"),
-        (b"QED\0", "qed"),
-        (b"LUKS\xba\xbe\0\x01", "luks"),
         (b"WithoutFreeSpace", "parallels"),
         (b"WithouFreSpacExt", "parallels"),
-        (b"<<< Oracle VM".ljust(64) + b"\x7f\x10\xda\xbe", "vdi"),
     ],
 )
 def test_other_formats_are_refused_by_name(start: bytes, found: str) -> None:
     with pytest.raises(ImageUnsupportedError, match=f"looks like the format {found}"):
         probe(start.ljust(512, b"\0"), "x.img", "x.img")
+
+
+@pytest.mark.parametrize(
+    ("start", "found"),
+    [
+        (b"KDMV\x01", "vmdk"),
+        (b"COWD", "vmdk"),
+        (b"# Disk DescriptorFile\nversion=1\n", "vmdk"),
+        (b"# x\r\n\r\nversion=3\r\nmore", "vmdk"),
+        (b"QED\0", "qed"),
+        (b"LUKS\xba\xbe\0\x01", "luks"),
+        (b"<<< Oracle VM".ljust(64) + b"\x7f\x10\xda\xbe", "vdi"),
+    ],
+)
+def test_other_formats_that_are_read(start: bytes, found: str) -> None:
+    assert probe(start.ljust(512, b"\0"), "x.img", "x.img") == found
 
 
 def test_a_format_known_by_its_name() -> None:

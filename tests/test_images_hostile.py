@@ -19,7 +19,7 @@ from qmpnbd.errors import (
     ImageUnreadableError,
     ImageUnsupportedError,
 )
-from qmpnbd.images import qcow2_file
+from qmpnbd.images import views
 from qmpnbd.images.chain import LayerSpec
 from qmpnbd.images.files import MAX_LAYERS, open_chain, open_layers
 from tests.handmade import COPIED, DATA, END, SIZE, ZERO, depths, put, qcow2_bytes, write
@@ -147,7 +147,7 @@ def test_a_bomb_of_runs_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch
     write("a.qcow2", qcow2_bytes(dict.fromkeys(range(0, 128, 2), ZERO)))
     with open_chain("a.qcow2") as chain:
         assert len(chain.allocated(0)) == 128
-        monkeypatch.setattr(qcow2_file, "MAX_RUNS", 127)
+        monkeypatch.setattr(views, "MAX_RUNS", 127)
         with pytest.raises(ImageUnsupportedError, match="more than 127 runs"):
             chain.allocated(0)
 

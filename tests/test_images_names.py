@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qmpnbd.errors import BackingNotLocalError, ImageError, ImageUnsupportedError
-from qmpnbd.images.names import Reference, printable, protocol_of, resolve
+from qmpnbd.images.names import Reference, printable, protocol_of, resolve, resolve_data_file
 
 OVERLAY = "/images/vm/top.qcow2"
 WORKING_DIRECTORY = "/run/qemu"
@@ -51,7 +51,7 @@ def test_another_protocol(name: str) -> None:
         resolved(name)
 
 
-@pytest.mark.parametrize("recorded", ["vmdk", "QCOW2", "file", "\\xff"])
+@pytest.mark.parametrize("recorded", ["vhdx", "QCOW2", "nbd", "\\xff"])
 def test_another_format(recorded: str) -> None:
     with pytest.raises(ImageUnsupportedError, match="format"):
         resolved("base", recorded)
@@ -120,7 +120,9 @@ def test_a_json_name(options: dict[str, object], recorded: str, reference: Refer
         '{"driver":"raw","file.filename":"x","offset":1.5}',
         '{"driver":"raw","file.filename":"x","size":"64k"}',
         '{"driver":"throttle","file":{"driver":"qcow2","file.filename":"x"}}',
-        '{"driver":"vmdk","file.filename":"x"}',
+        '{"driver":"vhdx","file.filename":"x"}',
+        "{'driver':'qcow2','file.filename':'x\\'}",
+        "{'driver':'qcow2',\"file.filename':'x'}",
     ],
 )
 def test_a_json_name_that_is_not_understood(text: str) -> None:
@@ -140,6 +142,32 @@ def test_a_json_name_that_is_not_understood(text: str) -> None:
 def test_a_json_name_that_is_not_local(text: str) -> None:
     with pytest.raises(BackingNotLocalError, match="driver"):
         resolved("json:" + text)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("{'driver':'qcow2','file':{'filename':'base'}}", "base"),
+        ("{'driver':\"qcow2\",\"file.filename\":'it\\'s'}", "it's"),
+        ("{'driver':'qcow2','file.filename':'say \"x\"'}", 'say "x"'),
+        ('{"driver":"qcow2","file.filename":"it\'s"}', "it's"),
+    ],
+)
+def test_json_in_single_quotes(text: str, path: str) -> None:
+    assert resolved("json:" + text) == Reference(f"/run/qemu/{path}", "qcow2")
+
+
+def test_a_protocol_as_recorded_format_reads_bytes_as_they_are() -> None:
+    assert resolved("base", "file") == Reference("/images/vm/base", "raw")
+
+
+def test_names_of_data_files_are_beside_qemus_working_directory() -> None:
+    assert resolve_data_file("d.raw", OVERLAY, WORKING_DIRECTORY) == "/run/qemu/d.raw"
+    assert resolve_data_file("/d.raw", OVERLAY, WORKING_DIRECTORY) == "/d.raw"
+    assert resolve_data_file("file:d.raw", OVERLAY, WORKING_DIRECTORY) == "/run/qemu/d.raw"
+    assert resolve_data_file('json:{"driver":"file","filename":"x"}', OVERLAY, "") == "x"
+    with pytest.raises(BackingNotLocalError, match="its data file nbd://h/x is not a local file"):
+        resolve_data_file("nbd://h/x", OVERLAY, "")
 
 
 def test_json_cut_anywhere_raises_documented_errors_only() -> None:

@@ -125,6 +125,8 @@ NAMES = [
     ('json:{"driver":"raw","file.filename":"base.qcow2"}', "qcow2"),
     ('json:{"file.filename":"base.qcow2","backing":null}', "qcow2"),
     ('json:{"file.filename":"file:base.qcow2"}', "qcow2"),
+    ("json:{'driver':'qcow2','file.filename':'base.qcow2'}", "qcow2"),
+    ("base.qcow2", "file"),
     ('json:{"driver":"raw","offset":65536,"size":"131072","file.filename":"base.qcow2"}', "raw"),
     ('json:{"driver":"raw","offset":512,"file.filename":"base.qcow2"}', "raw"),
 ]

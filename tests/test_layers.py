@@ -18,7 +18,8 @@ DOORS = {"nbd.client", "nbd.aio", "nbd.runner", "nbd.aio_runner", "nbd.channel",
 DOORS |= {"nbd.tls_socket", "nbd.stepwise", "nbd.aio_stepwise"}
 DOORS |= {"qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.bitmaps", "qmp.recover"}
 DOORS |= {"qmp.teardown", "qmp.process", "qmp.rundir"}
-DOORS |= {"images.files", "images.hostfile", "images.qcow2_file"}
+DOORS |= {"images.files", "images.layers", "images.hostfile", "images.qcow2_file"}
+DOORS |= {"images.qcow2_source", "images.qcow2_metadata", "images.tabled_source", "images.check_file", "images.content"}
 """Layer 2; everything else below nbd, qmp and images is layer 1."""
 
 RUN_MODULES = {"validate.run", "validate.live"}

@@ -268,4 +268,4 @@ def test_an_empty_export(door: Door, folder: Path) -> None:
 
 def test_the_memory_budget_of_these_tests_is_enforced() -> None:
     with pytest.raises(MemoryError):
-        bytearray(257 << 20)
+        [bytearray(32 << 20) for _ in range(16)]

@@ -7,18 +7,20 @@ from collections.abc import Iterator
 
 from qmpnbd import errors
 
-AGREED = 0
-DISCREPANCY = 1
-INCOMPLETE = 3
+AGREED = CLEAN = 0
+DISCREPANCY = CORRUPT = 1
+INCOMPLETE = LEAKS = 3
+UNREADABLE = 47
 HANGUP = 129
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 TERMINATED = 143
 
 _OTHERS = {
-    AGREED: "success; validate: served and computed agree",
-    DISCREPANCY: "validate: served and computed differ; info --can: no",
-    INCOMPLETE: "validate: no discrepancy, but not everything could be judged",
+    AGREED: "success; validate: served and computed agree; check: clean",
+    DISCREPANCY: "validate: served and computed differ; info --can: no; check: corruptions or overlaps",
+    INCOMPLETE: "validate: no discrepancy, but not everything could be judged; check: leaks, nothing worse",
+    UNREADABLE: "chain: some ranges cannot be read, and are shown as such",
     HANGUP: "ended by SIGHUP, everything taken down",
     INTERRUPTED: "ended by Ctrl-C (SIGINT), everything taken down",
     BROKEN_PIPE: "whoever read the output went away",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Format: TypeAlias = Literal["qcow2", "raw"]
+Format: TypeAlias = Literal["qcow2", "raw", "qed", "vmdk", "vdi", "luks"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qmpnbd.errors import ImageUnsupportedError
 from qmpnbd.images.chain import Format
+from qmpnbd.images.names import READ_FORMATS
 
 PROBE_LENGTH = 512  # what QEMU reads to guess a format
 
@@ -45,6 +46,9 @@ def probe(start: bytes, path: str, where: str) -> Format:
         found = "dmg"
     if found is None:
         return "raw"
+    for known in READ_FORMATS:
+        if found == known:
+            return known
     raise ImageUnsupportedError(
         f"it looks like the format {found}, which is not read here",
         where=where,

@@ -6,13 +6,17 @@ ever), a terminal or a directory. Only regular files and block devices are opene
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import Self, TypeAlias
 
-from qmpnbd.errors import ImageMissingError, ImageUnreadableError
+from qmpnbd.errors import ImageMissingError, ImageUnreadableError, ImageUnsupportedError
+from qmpnbd.extents import ExtentMap
 
 Identity: TypeAlias = tuple[str, int, int]
+
+MAX_PIECES = 1 << 22  # 100 bytes of memory each while they are collected
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -89,6 +93,48 @@ class HostFile:
             return os.lseek(self._fd, 0, os.SEEK_END) if self._is_device else os.fstat(self._fd).st_size
         except OSError as error:
             raise self._unreadable("its size cannot be told", error) from error
+
+    def allocated_bytes(self) -> int:
+        """Returns the bytes that the file takes of its file system.
+
+        Raises:
+            ImageUnreadableError: an I/O error.
+        """
+        try:
+            return os.fstat(self._fd).st_blocks * 512
+        except OSError as error:
+            raise self._unreadable("its size cannot be told", error) from error
+
+    def holes(self) -> ExtentMap:
+        """Returns where the file holds data (1), and where nothing (0), as its file system tells.
+
+        Raises:
+            ImageUnsupportedError: more pieces than any sane file has.
+            ImageUnreadableError: an I/O error.
+        """
+        size, at = self.size(), 0
+        ends: list[int] = []
+        values: list[int] = []
+        while at < size and len(ends) < 2 * MAX_PIECES:
+            data = self._seek(at, os.SEEK_DATA, size)
+            hole = self._seek(data, os.SEEK_HOLE, size) if data < size else size
+            ends += [data, hole]
+            values += [0, 1]
+            at = hole
+        if at < size:
+            what = f"it is in more than {MAX_PIECES} pieces"
+            raise ImageUnsupportedError(what, where=self.where, remedy="Copy it to make it whole.")
+        return ExtentMap(ends, values)
+
+    def _seek(self, offset: int, whence: int, size: int) -> int:
+        try:
+            return min(os.lseek(self._fd, offset, whence), size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no more data
+                return size
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that does not tell: all is data
+                return offset if whence == os.SEEK_DATA else size
+            raise self._unreadable(f"its holes cannot be told from byte {offset:#x} on", error) from error
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fills `buffer` from `offset` on.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn, TypeAlias
@@ -25,14 +26,16 @@ from qmpnbd.images.chain import Format
 
 Options: TypeAlias = dict[str, object]
 
+READ_FORMATS: tuple[Format, ...] = ("qcow2", "raw", "qed", "vmdk", "vdi", "luks")
 _LOCAL = ("file", "host_device")
-_OTHER_FORMATS = ("bochs", "cloop", "dmg", "luks", "parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc")
+_OTHER_FORMATS = ("bochs", "cloop", "dmg", "parallels", "qcow", "vhdx", "vpc")
 _FILTERS = ("blkdebug", "blkverify", "compress", "copy-before-write", "copy-on-read", "preallocate", "throttle")
 _OTHER_NODES = (*_OTHER_FORMATS, *_FILTERS, "blklogwrites", "blkreplay", "quorum", "replication", "snapshot-access")
 # Options that change how QEMU reaches a file or caches it, never which bytes the file holds.
 _NODE_OPTIONS = ("node-name", "read-only", "auto-read-only", "discard", "detect-zeroes", "force-share")
 _CACHE_OPTIONS = ("cache.direct", "cache.no-flush", "cache-size", "l2-cache-size", "cache-clean-interval")
 _HARMLESS = {*_NODE_OPTIONS, *_CACHE_OPTIONS, "locking", "aio", "lazy-refcounts", "overlap-check"}
+_STRINGS = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _REMEDY_JSON = "Name the layers yourself, or give the overlay a plain backing name with 'qemu-img rebase -u'."
 _REMEDY_LOCAL = "Validate where the file is local, or name the layers yourself."
 
@@ -84,18 +87,41 @@ def resolve(name: str, recorded_format: str, overlay: str, where: str, working_d
     return Reference(posixpath.join(posixpath.dirname(overlay), name), backing_format)
 
 
+def resolve_data_file(name: str, where: str, working_directory: str = "") -> str:
+    """Resolves the name an image records for its external data file.
+
+    Unlike a backing name it is never looked for beside the image.
+
+    Args:
+        name: as recorded.
+        where: the image, for messages.
+        working_directory: QEMU's; "" for the caller's own.
+
+    Raises:
+        BackingNotLocalError: the name needs a protocol other than ``file:``.
+        ImageUnsupportedError: options not understood.
+    """
+    if name.startswith("json:"):
+        return _file_node(_parse(name[5:], where), "", "raw", where, working_directory).path
+    protocol = protocol_of(name)
+    if protocol is not None and protocol not in _LOCAL:
+        what = f"its data file {printable(name)} is not a local file"
+        raise BackingNotLocalError(what, where=where, remedy=_REMEDY_LOCAL)
+    return posixpath.join(working_directory, name[len(protocol) + 1 :] if protocol else name)
+
+
 def known_format(name: str, where: str) -> Format:
     """Returns `name` as one of the formats read here.
 
     Raises:
         ImageUnsupportedError: it is another one.
     """
-    if name == "qcow2":
-        return "qcow2"
-    if name == "raw":
-        return "raw"
+    name = "raw" if name in _LOCAL else name  # a protocol's driver in a format's place reads bytes as they are
+    for known in READ_FORMATS:
+        if name == known:
+            return known
     raise ImageUnsupportedError(
-        f"the format {printable(name)} is not read here", where=where, remedy="qcow2 and raw are read."
+        f"the format {printable(name)} is not read here", where=where, remedy=f"{', '.join(READ_FORMATS)} are read."
     )
 
 
@@ -126,7 +152,7 @@ def _resolve_json(text: str, recorded_format: str, where: str, working_directory
             where=where,
             remedy=_REMEDY_JSON,
         )
-    if not file_options and driver not in ("qcow2", "raw", None):
+    if not file_options and driver not in (*READ_FORMATS, None):
         raise BackingNotLocalError(
             f"its backing file is reached by QEMU's {printable(str(driver))} driver", where=where, remedy=_REMEDY_LOCAL
         )
@@ -146,7 +172,7 @@ def _file_node(
 ) -> Reference:
     driver = options.pop("driver", "file")
     if driver not in _LOCAL:
-        if not isinstance(driver, str) or driver in (*_OTHER_NODES, "raw", "qcow2"):
+        if not isinstance(driver, str) or driver in (*_OTHER_NODES, *READ_FORMATS):
             _refuse(f"{prefix}driver is {driver!r}", where)
         raise BackingNotLocalError(
             f"its backing file is reached by QEMU's {printable(driver)} driver", where=where, remedy=_REMEDY_LOCAL
@@ -160,12 +186,24 @@ def _file_node(
 
 def _parse(text: str, where: str) -> Options:
     try:
-        parsed = json.loads(text, object_pairs_hook=_unique)
+        parsed = json.loads(_double_quoted(text), object_pairs_hook=_unique)
         if not isinstance(parsed, dict):
             _refuse("no object", where)
         return _unique(list(_flatten(parsed, "")))
     except (ValueError, RecursionError) as error:
         _refuse(f"not understood: {error}", where)
+
+
+def _double_quoted(text: str) -> str:
+    """Turns strings in single quotes, which QEMU's JSON knows too, into standard ones."""
+    return _STRINGS.sub(_standard, text)
+
+
+def _standard(found: re.Match[str]) -> str:
+    if found[0][0] == '"':
+        return found[0]
+    inside = found[0][1:-1].replace("\\'", "'")
+    return '"' + re.sub(r'(?<!\\)((?:\\\\)*)"', r'\1\\"', inside) + '"'
 
 
 def _unique(pairs: list[tuple[str, object]]) -> Options:

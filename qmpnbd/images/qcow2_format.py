@@ -42,14 +42,26 @@ _END_OF_3 = _COMMON.size + _VERSION_3.size
 _EXTENSION = struct.Struct(">II")
 _END = 0
 _BACKING_FORMAT = 0xE2792ACA
+_DATA_FILE = 0x44415441
+_BITMAPS = 0x23852875
+_ENCRYPTION = 0x0537BE77
 
+DIRTY_BIT = 1 << 0
+CORRUPT_BIT = 1 << 1
+DATA_FILE_BIT = 1 << 2
 COMPRESSION_TYPE_BIT = 1 << 3
-_UNREAD_FEATURES = {1 << 2: "an external data file", 1 << 4: "extended L2 entries"}
-_READ_FEATURES = 1 << 0 | 1 << 1 | COMPRESSION_TYPE_BIT  # dirty, corrupt, compression type
+EXTENDED_L2_BIT = 1 << 4
+_READ_FEATURES = DIRTY_BIT | CORRUPT_BIT | DATA_FILE_BIT | COMPRESSION_TYPE_BIT | EXTENDED_L2_BIT
+LAZY_REFCOUNTS_BIT = 1 << 0  # compatible
+BITMAPS_BIT = 1 << 0  # autoclear
+DATA_FILE_RAW_BIT = 1 << 1  # autoclear
+SUBCLUSTERS = 32  # of a cluster with an extended L2 entry
+MIN_EXTENDED_CLUSTER_BITS = 14  # the format's limit: subclusters of 512 bytes
 
 MIN_CLUSTER_BITS = 9  # the format's limit
 MAX_CLUSTER_BITS = 21  # QEMU's limit
 MAX_L1_BYTES = 32 << 20  # QEMU's limit
+MAX_REFCOUNT_ORDER = 6  # 64 bits
 MAX_BACKING_NAME = 1023  # the format's limit
 MAX_CRYPT_METHOD = 2  # none, AES, LUKS; neither touches the tables
 _BACKING_FORMAT_MAX = 15  # QEMU's limit
@@ -63,6 +75,7 @@ _OFFSETS = {
     "l1_entries": 36,
     "l1_offset": 40,
     "incompatible": 72,
+    "refcount_order": 96,
     "header_length": 100,
     "compression_type": 104,
 }
@@ -107,9 +120,34 @@ class Qcow2Header:
         return 1 << self.cluster_bits
 
     @property
+    def extended_l2(self) -> bool:
+        """Whether L2 entries are 16 bytes long and describe 32 subclusters."""
+        return bool(self.incompatible & EXTENDED_L2_BIT)
+
+    @property
+    def has_data_file(self) -> bool:
+        """Whether data lies in another file, at host offset = guest offset."""
+        return bool(self.incompatible & DATA_FILE_BIT)
+
+    @property
+    def entry_size(self) -> int:
+        """Bytes of an L2 entry."""
+        return 16 if self.extended_l2 else 8
+
+    @property
+    def subclusters(self) -> int:
+        """Parts of a cluster that have a status of their own."""
+        return SUBCLUSTERS if self.extended_l2 else 1
+
+    @property
+    def granule(self) -> int:
+        """Bytes of the smallest part that has a status of its own: a cluster, or a subcluster."""
+        return self.cluster_size // self.subclusters
+
+    @property
     def l2_entries(self) -> int:
         """Entries in an L2 table, which fills one cluster."""
-        return self.cluster_size // 8
+        return self.cluster_size // self.entry_size
 
     @property
     def disk_size(self) -> int:
@@ -188,8 +226,25 @@ def unpack_header(data: bytes, where: str) -> Qcow2Header:
     return header
 
 
-def unpack_backing_format(area: bytes, header: Qcow2Header, where: str) -> str:
-    """Walks the header extensions and returns the format recorded for the backing file, "" if none is.
+@dataclass(frozen=True, slots=True)
+class Extensions:
+    """What the header extensions say.
+
+    Attributes:
+        backing_format: the format recorded for the backing file, "" if none is.
+        data_file: the name recorded for the external data file; None if none is.
+        bitmaps: the raw data of the bitmaps extension, None without one.
+        encryption: the raw data of the encryption header pointer, None without one.
+    """
+
+    backing_format: str = ""
+    data_file: bytes | None = None
+    bitmaps: bytes | None = None
+    encryption: bytes | None = None
+
+
+def unpack_extensions(area: bytes, header: Qcow2Header, where: str) -> Extensions:
+    """Walks the header extensions, in whatever order they come; of a repeated one the last counts.
 
     Args:
         area: the bytes from `Qcow2Header.header_length` to `Qcow2Header.extensions_end`.
@@ -197,9 +252,11 @@ def unpack_backing_format(area: bytes, header: Qcow2Header, where: str) -> str:
         where: the file, for messages.
 
     Raises:
-        ImageCorruptError: an extension is longer than its room, or a backing format than any name of one.
+        ImageCorruptError: an extension is longer than its room, or a backing format than any name of one; or the
+            header says that data lies in another file, and none is named.
     """
-    found, at = b"", 0
+    found: dict[int, bytes] = {}
+    at = 0
     # Without an end marker they fill their room to the byte: QEMU would read a torn last one into the backing name.
     while at < len(area):
         kind, length = _EXTENSION.unpack(area[at : at + _EXTENSION.size].ljust(_EXTENSION.size, b"\xff"))
@@ -217,11 +274,14 @@ def unpack_backing_format(area: bytes, header: Qcow2Header, where: str) -> str:
                 value=kind,
                 remedy=CHECK,
             )
-        if kind == _BACKING_FORMAT:
-            found = area[start : start + length]
+        found[kind] = area[start : start + length]
         at = start + -(-length // 8) * 8
+    data_file = found.get(_DATA_FILE, b"").split(b"\0")[0] or None if header.has_data_file else None
+    if header.has_data_file and data_file is None:
+        _refuse(header, "incompatible", "data lies in another file, but no header extension names it", where)
     # QEMU holds it as a C string. What is not ASCII is no format; it is refused by name where the name is looked at.
-    return found.split(b"\0")[0].decode("ascii", "backslashreplace")
+    backing_format = found.get(_BACKING_FORMAT, b"").split(b"\0")[0].decode("ascii", "backslashreplace")
+    return Extensions(backing_format, data_file, found.get(_BITMAPS), found.get(_ENCRYPTION))
 
 
 def pack_extensions(*extensions: tuple[int, bytes]) -> bytes:
@@ -242,11 +302,7 @@ def _refuse(header: Qcow2Header, field: str, what: str, where: str) -> NoReturn:
 
 
 def _check_features(header: Qcow2Header, where: str) -> None:
-    for bit, feature in _UNREAD_FEATURES.items():
-        if header.incompatible & bit:
-            what = f"the image has {feature}, which is not read here yet"
-            raise ImageUnsupportedError(what, where=where, remedy="'qemu-img convert' makes an image without.")
-    unknown = header.incompatible & ~(_READ_FEATURES | sum(_UNREAD_FEATURES))
+    unknown = header.incompatible & ~_READ_FEATURES
     if unknown:
         raise ImageUnsupportedError(f"unknown incompatible features {unknown:#x}", where=where, remedy=_NEWER)
     if header.compression_type > 1:
@@ -262,6 +318,10 @@ def _check_features(header: Qcow2Header, where: str) -> None:
 def _check_geometry(header: Qcow2Header, where: str) -> None:
     if not MIN_CLUSTER_BITS <= header.cluster_bits <= MAX_CLUSTER_BITS:
         _refuse(header, "cluster_bits", f"not within {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS}", where)
+    if header.extended_l2 and header.cluster_bits < MIN_EXTENDED_CLUSTER_BITS:
+        _refuse(header, "cluster_bits", "extended L2 entries need clusters of 16 KiB or more", where)
+    if header.refcount_order > MAX_REFCOUNT_ORDER:
+        _refuse(header, "refcount_order", f"not within 0 to {MAX_REFCOUNT_ORDER}", where)
     shortest = _COMMON.size if header.version == 2 else _END_OF_3
     if not shortest <= header.header_length <= header.cluster_size:
         _refuse(header, "header_length", f"not within {shortest} and the cluster size", where)

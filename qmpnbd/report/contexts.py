@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+UNREADABLE = 1 << 32
+"""An allocation depth that no server sends: of what QEMU cannot read in the image files."""
+
 ALLOCATION_DEPTH = "qemu:allocation-depth"
 BASE_ALLOCATION = "base:allocation"
 DIRTY_BITMAP = "qemu:dirty-bitmap:"
@@ -14,6 +17,8 @@ _DIRTY = {0: "clean", 1: "dirty"}
 def describe(context: str, value: int) -> str | None:
     """Returns the meaning of a status, or None for contexts and values that have no agreed name."""
     if context == ALLOCATION_DEPTH:
+        if value == UNREADABLE:
+            return "unreadable"
         return _DEPTH.get(value, f"backing depth {value}")
     if context == BASE_ALLOCATION:
         return _BASE.get(value)

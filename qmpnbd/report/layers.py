@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qmpnbd.images.chain import Layer
-from qmpnbd.report.model import LayerEntry
+from qmpnbd.images.status import Unreadable
+from qmpnbd.report.model import LayerEntry, UnreadableEntry
 
 
 def layer_entries(layers: Iterable[Layer]) -> tuple[LayerEntry, ...]:
@@ -22,4 +23,12 @@ def layer_entries(layers: Iterable[Layer]) -> tuple[LayerEntry, ...]:
             cluster_size=layer.cluster_size,
         )
         for layer in layers
+    )
+
+
+def unreadable_entries(ranges: Iterable[Unreadable]) -> tuple[UnreadableEntry, ...]:
+    """Describes what QEMU cannot read."""
+    return tuple(
+        UnreadableEntry(layer_index=each.layer, file=each.path, offset=each.offset, end=each.end, reason=each.reason)
+        for each in ranges
     )

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from qmpnbd.extents import U64, ExtentMap
-from qmpnbd.report.contexts import describe
+from qmpnbd.report.contexts import UNREADABLE, describe
 from qmpnbd.report.rows import Block, choice, constant, digits, lockstep, rows
 from qmpnbd.report.strip import STRIP_CELLS, dominant
 
 
 def status_mark(value: int) -> str:
-    """Returns one character for a status: ``.`` for 0, ``+`` above 9."""
+    """Returns one character for a status: ``.`` for 0, ``+`` above 9, ``?`` for what cannot be read."""
+    if value == UNREADABLE:
+        return "?"
     return "." if value == 0 else str(value) if value <= 9 else "+"
 
 
@@ -51,7 +53,8 @@ def _cells(contexts: Sequence[str], columns: Sequence[int]) -> list[Callable[[in
     """Returns what writes a status, for each context; the last one ends the line."""
 
     def cell(context: str, column: int, end: bytes, value: int) -> bytes:
-        text = f"  {value:>4} {describe(context, value) or ''}".rstrip()
+        shown = "-" if value == UNREADABLE else value
+        text = f"  {shown:>4} {describe(context, value) or ''}".rstrip()
         return text.encode() + end if end else f"{text:<{column + 2}}".encode()
 
     ends = [b""] * (len(contexts) - 1) + [b"\n"]

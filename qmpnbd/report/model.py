@@ -15,6 +15,7 @@ from qmpnbd import __version__
 from qmpnbd.errors import QmpnbdError
 
 Verdict = Literal["agreed", "discrepancy", "incomplete", "error"]
+CheckVerdict = Literal["clean", "leaks", "corrupt"]
 
 
 class Part(BaseModel):
@@ -293,13 +294,42 @@ class MapDocument(Document):
     maps: tuple[ContextMap, ...]
 
 
+class UnreadableEntry(Part):
+    """A run of bytes that QEMU would answer with an I/O error for.
+
+    Attributes:
+        layer_index: the layer whose tables are wrong there.
+        file: its file.
+        offset: first byte, in the disk.
+        end: the byte after the last one.
+        reason: which entry is wrong, and how.
+    """
+
+    layer_index: int
+    file: str
+    offset: int
+    end: int
+    reason: str
+
+
 class ChainDocument(Document):
-    """The result of ``qmpnbd chain``: what an NBD export of the image would serve as ``qemu:allocation-depth``."""
+    """The result of ``qmpnbd chain``: what an NBD export of the image would serve in a metadata context.
+
+    Attributes:
+        image: the active layer.
+        size: bytes of the disk.
+        context: what the extents are; ``qemu:allocation-depth`` unless another was asked for.
+        layers: the backing chain, active layer first.
+        unreadable: the first ranges QEMU cannot read; their allocation depth is 4294967296.
+        extents: the map.
+    """
 
     schema_: Literal["qmpnbd.chain/1"] = Field(default="qmpnbd.chain/1", alias="schema")
     image: str
     size: int
+    context: str = "qemu:allocation-depth"
     layers: tuple[LayerEntry, ...]
+    unreadable: tuple[UnreadableEntry, ...] = ()
     extents: tuple[ExtentEntry, ...]
 
 
@@ -368,6 +398,106 @@ class InfoDocument(Document):
     exports: tuple[ExportEntry, ...]
 
 
+class BitmapEntry(Part):
+    """A persistent bitmap.
+
+    Attributes:
+        layer_index: the layer it is stored in.
+        file: that layer's file.
+        name: unique in the file.
+        granularity: bytes of the disk a bit stands for.
+        recording: QEMU goes on recording in it when the image is opened.
+        inconsistent: it was in use when the image was last closed, or still is: it cannot be relied on.
+        dirty_bytes: bytes of the disk that it marks; null where it cannot be relied on.
+    """
+
+    layer_index: int
+    file: str
+    name: str
+    granularity: int
+    recording: bool
+    inconsistent: bool
+    dirty_bytes: int | None
+
+
+class BitmapsDocument(Document):
+    """The result of ``qmpnbd chain --bitmaps``: the persistent bitmaps of every layer."""
+
+    schema_: Literal["qmpnbd.bitmaps/1"] = Field(default="qmpnbd.bitmaps/1", alias="schema")
+    image: str
+    bitmaps: tuple[BitmapEntry, ...]
+
+
+class PlaceEntry(Part):
+    """A place in an image file, and what is there.
+
+    Attributes:
+        offset: byte of the file.
+        found: what is there.
+    """
+
+    offset: int
+    found: str
+
+
+class FindingEntry(Part):
+    """A rule of the format that an image breaks.
+
+    Attributes:
+        severity: ``corruption``; ``overlap`` (of structures that exclude each other); ``leak``; ``error`` (could not
+            be judged).
+        rule: what is wrong, in words.
+        count: how often.
+        places: the first ones.
+    """
+
+    severity: Literal["corruption", "overlap", "leak", "error"]
+    rule: str
+    count: int
+    places: tuple[PlaceEntry, ...]
+
+
+class CheckDocument(Document):
+    """The result of ``qmpnbd check``; the numbers are those of ``qemu-img check``, overlaps are our own.
+
+    Attributes:
+        image: the file.
+        verdict: ``clean``; ``leaks`` (nothing worse); ``corrupt``.
+        corruptions: contradictions that can lose data.
+        leaks: clusters that count as used, and are not.
+        check_errors: clusters that could not be judged.
+        overlaps: clusters that structures claim which exclude each other.
+        cluster_size: bytes in a cluster.
+        file_size: bytes in the file.
+        image_end_offset: where the last cluster in use ends.
+        total_clusters: guest clusters of the disk.
+        allocated_clusters: of those, with data of their own.
+        fragmented_clusters: of those, whose data does not follow that of the one before; all compressed ones.
+        compressed_clusters: of those, compressed.
+        dirty: the image was not closed; with lazy refcounts, refcounts may be behind.
+        marked_corrupt: QEMU has marked the image as corrupt.
+        findings: what is wrong.
+    """
+
+    schema_: Literal["qmpnbd.check/1"] = Field(default="qmpnbd.check/1", alias="schema")
+    image: str
+    verdict: CheckVerdict
+    corruptions: int
+    leaks: int
+    check_errors: int
+    overlaps: int
+    cluster_size: int
+    file_size: int
+    image_end_offset: int
+    total_clusters: int
+    allocated_clusters: int
+    fragmented_clusters: int
+    compressed_clusters: int
+    dirty: bool
+    marked_corrupt: bool
+    findings: tuple[FindingEntry, ...]
+
+
 class ErrorDocument(Document):
     """What is on stdout instead of a result when ``--json`` was asked for and the command failed."""
 
@@ -381,6 +511,8 @@ DOCUMENTS: tuple[type[Document], ...] = (
     MapDocument,
     ChainDocument,
     InfoDocument,
+    CheckDocument,
+    BitmapsDocument,
     ErrorDocument,
 )
 """Every document there is; their schemas are committed under ``docs/schema``."""

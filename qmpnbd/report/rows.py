@@ -23,7 +23,7 @@ from qmpnbd.extents import U64, ExtentMap
 Block: TypeAlias = npt.NDArray[np.uint8]
 """Characters, a line a row; NUL for none."""
 
-LINES = 16384
+LINES = 4096
 """Lines set at a time: their blocks fit into the processor's cache."""
 
 _PLACES = 4  # decimal places looked up at a time
@@ -63,11 +63,32 @@ def digits(values: U64, width: int = 0) -> Block:
 
 def choice(values: U64, text: Callable[[int], bytes]) -> Block:
     """Returns a block whose text depends on a number; `text` is asked once for each number that occurs."""
-    found, which = np.unique(values, return_inverse=True)
+    found, which = _distinct(values)
     texts = [text(value) for value in found.tolist()]
     width = max(map(len, texts), default=0)
     table = np.frombuffer(b"".join(each.ljust(width, b"\0") for each in texts), dtype=np.uint8)
     return table.reshape(len(texts), width)[which]
+
+
+def _distinct(values: U64) -> tuple[U64, npt.NDArray[np.intp]]:
+    """Returns the numbers that occur, ascending, and which of them each is."""
+    end = int(values.max(initial=0)) + 1
+    if end > LINES:
+        return np.unique(values, return_inverse=True)
+    # Statuses are small nearly always: a table needs no sorting.
+    occurs = np.zeros(end, dtype=bool)
+    occurs[values] = True
+    return np.flatnonzero(occurs).astype(np.uint64), (np.cumsum(occurs) - 1)[values]
+
+
+def shown_where(block: Block, wanted: npt.NDArray[np.bool_]) -> Block:
+    """Returns a block that is left out of the lines that are not wanted."""
+    return np.where(wanted[:, None], block, np.uint8(0))
+
+
+def typeset(blocks: Sequence[Block]) -> bytes:
+    """Returns the text of blocks laid side by side."""
+    return np.concatenate(blocks, axis=1).tobytes().replace(b"\0", b"")
 
 
 Line: TypeAlias = Callable[[U64, U64, Sequence[U64]], Sequence[Block]]
@@ -90,8 +111,7 @@ def rows(ends: U64, columns: Sequence[U64], line: Line, *, base: int = 0, lines:
         starts[0] = ends[first - 1] if first else 0
         starts[1:] = some_ends[:-1]
         values = [column[first : first + lines] for column in columns]
-        blocks = line(starts + np.uint64(base), some_ends - starts, values)
-        yield np.concatenate(blocks, axis=1).tobytes().replace(b"\0", b"")
+        yield typeset(line(starts + np.uint64(base), some_ends - starts, values))
 
 
 def extent_rows(

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 from qmpnbd.printable import printable as shown
-from qmpnbd.report.contexts import describe
+from qmpnbd.report.contexts import UNREADABLE, describe
 from qmpnbd.report.maptext import status_mark
 from qmpnbd.report.model import (
     DiscrepancyEntry,
     DiskReport,
     DisksDocument,
     LayerEntry,
+    UnreadableEntry,
     ValidationReport,
 )
 
@@ -112,21 +113,33 @@ def _meaning(depth: int) -> str:
     return describe("qemu:allocation-depth", depth) or ""
 
 
-def layer_table(layers: Sequence[LayerEntry], totals: Mapping[int, int]) -> Iterator[str]:
+def unreadable_lines(ranges: Sequence[UnreadableEntry]) -> Iterator[str]:
+    """Yields what cannot be read, and why; with newlines."""
+    if ranges:
+        yield f"\nunreadable, {len(ranges):,} ranges:\n"
+    for each in ranges[:_SHOWN]:
+        yield f"  [{each.offset}, {each.end})  layer {each.layer_index} {shown(each.file)}: {each.reason}\n"
+    if len(ranges) > _SHOWN:
+        yield f"  … {len(ranges) - _SHOWN:,} more (--json lists them)\n"
+
+
+def layer_table(layers: Sequence[LayerEntry], totals: Mapping[int, int] | None) -> Iterator[str]:
     """Yields the layers of a chain with the bytes seen in each.
 
     Args:
         layers: active layer first.
-        totals: allocation depth -> bytes.
+        totals: allocation depth -> bytes; None where that is not known.
     """
     rows = [("depth", "bytes seen", "format", "clusters", "file")]
     for layer in layers:
         clusters = "-" if layer.cluster_size is None else human_size(layer.cluster_size)
         kind = f"{layer.format}?" if layer.format_probed else layer.format
-        seen = human_size(totals.get(layer.allocation_depth, 0))
+        seen = "-" if totals is None else human_size(totals.get(layer.allocation_depth, 0))
         rows.append((str(layer.allocation_depth), seen, kind, clusters, shown(layer.file)))
-    if totals.get(0):
+    if totals is not None and totals.get(0):
         rows.append(("0", human_size(totals[0]), "-", "-", "(in no layer)"))
+    if totals is not None and totals.get(UNREADABLE):
+        rows.append(("-", human_size(totals[UNREADABLE]), "-", "-", "(unreadable)"))
     yield from table(rows, right=(0, 1))
 
 

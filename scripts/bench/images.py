@@ -1,7 +1,9 @@
 """Large images for benchmarks, written table by table in a second; ``qemu-img check`` finds them clean.
 
-Layout, in clusters of 64 KiB: header, refcount table, refcount blocks, L1 table, L2 tables, data. Data clusters are
-holes of the host's file system: a benchmark of maps reads none of them.
+Layout, in clusters of 64 KiB: header, refcount table, refcount blocks, L1 table, L2 tables, data. Without a `pool` the
+data clusters are holes of the host's file system: a benchmark of maps reads none of them. QEMU takes such an image for
+preallocated, though, and asks the host for holes under every extent. With a pool all data shares a few clusters that
+are really there, as a snapshot shares them with the disk; runs stay runs, and the file holds what it says.
 """
 
 from __future__ import annotations
@@ -19,40 +21,56 @@ _ENTRIES = CLUSTER // 8
 _REFCOUNTS = CLUSTER // 2
 _COPIED = np.uint64(1 << 63)
 _INCOMPATIBLE_NONE = 0
+_MAX_REFCOUNT = 65535
 
 
-def write_qcow2(path: Path, allocated: npt.NDArray[np.bool_], backing: str | None = None) -> None:
-    """Writes a qcow2 (version 3) whose clusters are allocated or not.
+def write_qcow2(path: Path, allocated: npt.NDArray[np.bool_], backing: str | None = None, *, pool: int = 0) -> None:
+    """Writes a qcow2 (version 3) whose clusters are allocated or not; L2 tables without any are left out.
 
     Args:
         path: the file to make.
         allocated: one flag a cluster of the disk.
         backing: name of a qcow2 backing file.
+        pool: data clusters that all guest clusters share, in turn; 0 to give each its own, as a hole of the file.
     """
-    tables = -(-allocated.size // _ENTRIES)
-    l1_clusters = -(-tables * 8 // CLUSTER)
-    data = int(allocated.sum())
+    disk_size = allocated.size * CLUSTER
+    rows = -(-allocated.size // _ENTRIES)
+    allocated = np.append(allocated, np.zeros(-allocated.size % _ENTRIES, dtype=bool)).reshape(rows, _ENTRIES)
+    used = np.flatnonzero(allocated.any(axis=1))
+    l1_clusters = -(-rows * 8 // CLUSTER)
+    guests = int(allocated.sum())
+    data = min(pool, guests) if pool else guests
     blocks = 1
     while True:
         root = -(-blocks * 8 // CLUSTER)
-        total = 1 + root + blocks + l1_clusters + tables + data
+        total = 1 + root + blocks + l1_clusters + used.size + data
         if blocks * _REFCOUNTS >= total:
             break
         blocks = -(-total // _REFCOUNTS)
     first_block = 1 + root
     first_l1 = first_block + blocks
     first_l2 = first_l1 + l1_clusters
-    first_data = first_l2 + tables
+    first_data = first_l2 + used.size
+    which = np.arange(guests) % max(data, 1)
+    shared = np.bincount(which, minlength=data)
+    if data and shared.max() > _MAX_REFCOUNT:
+        raise ValueError("the pool is too small")
     with path.open("wb") as file:
-        file.write(_header(allocated.size * CLUSTER, tables, first_l1, root, backing))
+        file.write(_header(disk_size, rows, first_l1, root, backing))
         _write_at(file.fileno(), CLUSTER, _offsets(first_block, blocks))
         counts = np.zeros(blocks * _REFCOUNTS, dtype=">u2")
-        counts[:total] = 1
+        counts[: total - data] = 1
+        counts[total - data : total] = shared
         _write_at(file.fileno(), first_block * CLUSTER, counts)
-        _write_at(file.fileno(), first_l1 * CLUSTER, _offsets(first_l2, tables, _COPIED))
-        entries = np.zeros(tables * _ENTRIES, dtype=">u8")
-        entries[: allocated.size][allocated] = _offsets(first_data, data, _COPIED)
+        l1 = np.zeros(rows, dtype=np.uint64)
+        l1[used] = _offsets(first_l2, used.size, _COPIED)
+        _write_at(file.fileno(), first_l1 * CLUSTER, l1)
+        entries = np.zeros((used.size, _ENTRIES), dtype=np.uint64)
+        owned = np.where(shared == 1, _COPIED, np.uint64(0))
+        entries[allocated[used]] = (_offsets(first_data, data) | owned)[which]
         _write_at(file.fileno(), first_l2 * CLUSTER, entries)
+        if pool:
+            _write_at(file.fileno(), first_data * CLUSTER, np.full(data * CLUSTER // 8, 1, dtype=np.uint64))
         file.truncate(total * CLUSTER)
 
 

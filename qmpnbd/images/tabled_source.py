@@ -1,0 +1,164 @@
+"""Layers of formats with two levels of plain tables (qed, vmdk), read for a pass over the chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qmpnbd.errors import ImageCorruptError, ImageError, ImageTruncatedError
+from qmpnbd.extents import U64
+from qmpnbd.images.hostfile import HostFile
+from qmpnbd.images.otherformats import (
+    HEADER_LENGTH,
+    Tabled,
+    VmdkHeader,
+    qed_backing,
+    unpack_qed,
+    unpack_vmdk,
+    vmdk_backing,
+)
+from qmpnbd.images.qcow2 import U8, Flags
+from qmpnbd.images.qcow2_format import CHECK, CUT
+from qmpnbd.images.sources import Block, Sketch
+from qmpnbd.images.status import Status
+
+
+def open_qed(file: HostFile) -> TabledSource:
+    """Reads the header of a QED file."""
+    data = file.read(0, HEADER_LENGTH)
+    return TabledSource(file, unpack_qed(data, file.read(*qed_backing(data, file.where)), file.where))
+
+
+def open_vmdk(file: HostFile) -> TabledSource:
+    """Reads header, footer and descriptor of a vmdk file with a single sparse extent."""
+    header: VmdkHeader = unpack_vmdk(file.read(0, HEADER_LENGTH), file.where)
+    tabled = header.tabled
+    if header.at_end:
+        tabled = unpack_vmdk(file.read(max(file.size() - header.at_end, 0), HEADER_LENGTH), file.where).tabled
+    name = vmdk_backing(file.read(*header.descriptor), file.where)
+    values = {field: getattr(tabled, field) for field in tabled.__slots__}
+    return TabledSource(file, Tabled(**{**values, "backing_name": name}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """A block of entries; see `sources.Block`."""
+
+    first: int
+    tabled: Tabled
+    entries: U64
+    codes: U8
+
+    def shifts(self, granules: npt.NDArray[np.intp]) -> U64:
+        """Returns host offset minus guest offset of granules with a host offset, else 0."""
+        hosts = self.entries[granules] * np.uint64(self.tabled.scale)
+        guests = (granules.astype(np.uint64) + np.uint64(self.first)) * np.uint64(self.tabled.granule)
+        return np.where(self.codes[granules] == Status.DATA, hosts - guests, np.uint64(0))
+
+    def reserved(self, granules: npt.NDArray[np.intp]) -> tuple[Flags, U64]:
+        """None of these formats keeps space for what it does not hold."""
+        return np.zeros(granules.size, dtype=bool), np.zeros(granules.size, dtype=np.uint64)
+
+
+class TabledSource:
+    """A layer; see `sources.Source`."""
+
+    def __init__(self, file: HostFile, tabled: Tabled) -> None:
+        self.file = file
+        self.tabled = tabled
+        self.granule = tabled.granule
+        self.alignment = tabled.granule
+        self.span = tabled.granule * tabled.per_table
+
+    def sketch(self, offset: int, end: int) -> Sketch:
+        """Reads the part of the first-level table that describes ``[offset, end)``."""
+        tabled = self.tabled
+        start, stop = offset // self.span, min(-(-end // self.span), tabled.top_entries)
+        kind = np.dtype(tabled.entry)
+        data = self._exactly(tabled.top_offset + start * kind.itemsize, max(stop - start, 0) * kind.itemsize, "table")
+        places = np.frombuffer(data, kind).astype(np.uint64) * np.uint64(tabled.scale)
+        used = np.flatnonzero(places)
+        indexes, places = used.astype(np.uint64) + np.uint64(start), places[used]
+        starts = indexes * np.uint64(self.span)
+
+        def read(low: int, high: int, wanted: Flags | None) -> Block:
+            return self._read(indexes, places, low, high, wanted)
+
+        return Sketch(starts, starts + np.uint64(self.span), read)
+
+    def _read(self, indexes: U64, places: U64, low: int, high: int, wanted: Flags | None) -> Block:
+        tabled, kind = self.tabled, np.dtype(self.tabled.entry)
+        first, count = low // self.granule, -(-high // self.granule) - low // self.granule
+        entries = np.zeros(count, dtype=np.uint64)
+        codes = np.zeros(count, dtype=np.uint8)
+        file_size = self.file.size()
+        for index, place in zip(indexes.tolist(), places.tolist(), strict=True):
+            begin = max(index * tabled.per_table - first, 0)
+            stop = min((index + 1) * tabled.per_table - first, count)
+            if begin >= stop or (wanted is not None and not wanted[begin:stop].any()):
+                continue
+            if tabled.bounded and place % tabled.granule:
+                codes[begin:stop] = Status.UNREADABLE
+                continue
+            within = first + begin - index * tabled.per_table
+            size = (stop - begin) * kind.itemsize
+            data = self._exactly(place + within * kind.itemsize, size, f"table {index}")
+            entries[begin:stop] = np.frombuffer(data, kind)
+            codes[begin:stop] = self._statuses(entries[begin:stop], file_size)
+        return _Entries(first, tabled, entries, codes)
+
+    def _statuses(self, entries: U64, file_size: int) -> U8:
+        tabled = self.tabled
+        data = Status.COMPRESSED if tabled.compressed else Status.DATA
+        codes = np.where(entries != 0, np.uint8(data), np.uint8(0))
+        if tabled.zeroes:
+            codes[entries == 1] = Status.ZERO
+        if tabled.bounded:
+            hosts = entries * np.uint64(tabled.scale)
+            wrong = ((hosts & np.uint64(tabled.granule - 1)) != 0) | (hosts >= np.uint64(file_size))
+            codes[wrong & (codes == data)] = Status.UNREADABLE
+        return codes
+
+    def look_up(self, offset: int) -> tuple[bool, str]:
+        """Returns whether a byte is allocated, and what was read to tell."""
+        block = self._block_at(offset)
+        code, entry = (0, 0) if block is None else (int(block.codes[0]), int(block.entries[0]))
+        if code == Status.UNREADABLE:
+            raise self._wrong(offset, entry)
+        said = Status(code).name.lower().replace("_", " ")
+        return code != 0, f"entry {offset // self.granule} is {entry:#x}: {said}"
+
+    def fault(self, offset: int) -> ImageError | None:
+        """Reads the entries that lead to a byte anew, and returns what is wrong with them."""
+        block = self._block_at(offset)
+        wrong = block is not None and block.codes[0] == Status.UNREADABLE
+        return self._wrong(offset, 0 if block is None else int(block.entries[0])) if wrong else None
+
+    def _block_at(self, offset: int) -> _Entries | None:
+        start = offset // self.granule * self.granule
+        sketch = self.sketch(start, start + 1)
+        block = sketch.read(start, start + 1, None) if sketch.starts.size else None
+        return block if isinstance(block, _Entries) else None
+
+    def _wrong(self, offset: int, entry: int) -> ImageCorruptError:
+        return ImageCorruptError(
+            f"what it says of guest offset {offset:#x} lies at no place for a cluster",
+            where=self.file.where,
+            structure="table",
+            offset=self.tabled.top_offset,
+            value=entry,
+            remedy=CHECK,
+        )
+
+    def _exactly(self, offset: int, length: int, what: str) -> bytes:
+        data = self.file.read(offset, length) if offset < 1 << 62 else b""
+        if len(data) < length:
+            raise ImageTruncatedError(
+                f"{what} should lie at bytes {offset:#x} to {offset + length:#x}, "
+                f"but the file ends at byte {self.file.size():#x}",
+                where=self.file.where,
+                remedy=CUT,
+            )
+        return data
