@@ -204,7 +204,7 @@ class Client:
         ranges: Iterable[tuple[int, int]],
         *,
         size: int = transfer.PIECE,
-        in_flight: int = transfer.IN_FLIGHT,
+        in_flight: int = transfer.CHUNKS_IN_FLIGHT,
         deadline: Deadline | None = None,
     ) -> Iterator[tuple[int, memoryview]]:
         """Reads ranges piece by piece, several requests in flight: the fast way to read much ("NBD_CMD_READ").
@@ -215,7 +215,7 @@ class Client:
         Args:
             ranges: offset and length of each range.
             size: bytes of a piece at most.
-            in_flight: requests in flight.
+            in_flight: requests in flight, each with a buffer of `size` bytes.
             deadline: how long it may take, with what the caller does in between.
 
         Yields:

@@ -26,6 +26,10 @@ PIECE: Final = 1 << 20
 IN_FLIGHT: Final = 8
 """Requests in flight. More of them, or more connections, bring nothing on one connection to one disk."""
 
+CHUNKS_IN_FLIGHT: Final = 16
+"""Requests of `Chunks` in flight: as many as QEMU works on at a time. With fewer, both ends sleep and wake by turns on
+an idle machine, and a local read takes up to twice as long."""
+
 MOST_IN_FLIGHT: Final = 64
 """More than QEMU works on at a time is of no use, and each has a buffer."""
 
