@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -282,6 +283,18 @@ def test_many_runs_at_once_do_not_disturb_each_other(copies: Path) -> None:
 
         assert {report.verdict for report in asyncio.run(all_at_once())} == {"agreed"}
     assert list((copies / "run").iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run QEMU as another user")
+def test_root_validates_a_qemu_of_another_user(copies: Path) -> None:
+    """As with libvirt: QEMU must be able to make its socket in a directory that is otherwise closed to it."""
+    copies.chmod(0o755)
+    for name in ("base.raw", "mid.qcow2", "top.qcow2"):
+        shutil.chown(copies / name, "nobody")
+    node = ["-runas", "nobody", "-blockdev", blockdev(copies / "top.qcow2", "n")]
+    with qemu(*node, "-device", "virtio-blk-pci,id=vd0,drive=n") as server:
+        assert one(validate(str(server.qmp), ["vd0"])).verdict == "agreed"
+        assert (server.exports(), server.nbd_server_runs()) == ([], False)
 
 
 def test_rounds_must_leave_room_for_a_watched_one(daemon: Server) -> None:

@@ -70,7 +70,8 @@ def _disk(disk: DiskReport) -> Iterator[str]:
         yield "  " + shown(f"{disk.error.where}: {disk.error.what}. {disk.error.remedy}".rstrip())
         return
     again = f", read {disk.rounds} times" if disk.rounds > 1 else ""
-    yield f"  {human_size(disk.size)} in {disk.extents:,} extents{again}, {disk.seconds:.2f} s"
+    extents = "1 extent" if disk.extents == 1 else f"{disk.extents:,} extents"
+    yield f"  {human_size(disk.size)} in {extents}{again}, {disk.seconds:.2f} s"
     if disk.computed_size != disk.size:
         yield f"  size: served {disk.size} bytes, computed {disk.computed_size} bytes from the files"
     totals = {total.allocation_depth: total.bytes for total in disk.totals}
