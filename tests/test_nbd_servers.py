@@ -148,6 +148,31 @@ def test_the_storage_daemon_serves_while_it_is_asked_by_many(door: Door, folder:
                 client.read(0, 512)
 
 
+@both_doors
+def test_several_bitmaps_the_depth_and_the_allocation_at_once(door: Door, folder: Path) -> None:
+    image = disk(folder, "qcow2")
+    cluster = 64 << 10
+    with storage_daemon() as daemon:
+        file = {"driver": "file", "filename": str(image)}
+        daemon.side("blockdev-add", driver="qcow2", node_name="n", file=file)
+        daemon.side("nbd-server-start", addr={"type": "unix", "data": {"path": str(folder / "s")}})
+        daemon.side("block-export-add", type="nbd", id="guest", node_name="n", name="guest", writable=True)
+        for number, name in enumerate(("first", "second")):
+            daemon.side("block-dirty-bitmap-add", node="n", name=name, granularity=cluster)
+            door(NbdUri.unix(str(folder / "s"), "guest"), ("write", number * 4 * cluster, bytes(cluster)), contexts=[])
+        for name in ("first", "second"):
+            daemon.side("block-dirty-bitmap-disable", node="n", name=name)
+        export = {"type": "nbd", "id": "e", "node-name": "n", "name": "e", "allocation-depth": True}
+        daemon.side.execute("block-export-add", {**export, "bitmaps": ["first", "second"]})
+        contexts = [BASE, "qemu:dirty-bitmap:first", DEPTH, "qemu:dirty-bitmap:second"]
+        (maps,) = door(NbdUri.unix(str(folder / "s"), "e"), "maps", contexts=contexts)
+    assert isinstance(maps, dict)
+    assert list(maps) == contexts
+    dirty = {context: [run.offset for run in maps[context] if run.value] for context in contexts[1::2]}
+    assert dirty == {contexts[1]: [0, 4 * cluster], contexts[3]: [4 * cluster]}
+    assert (maps[DEPTH].at(0), maps[BASE].at(0)) == (1, 0)
+
+
 # nbdkit.
 
 
