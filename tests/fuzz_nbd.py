@@ -25,8 +25,8 @@ from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd import commands, transfer, wire
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import Option, OptionReplyType, TransmissionFlag
-from qmpnbd.nbd.export import Replies
-from qmpnbd.nbd.handshake import Export, handshake
+from qmpnbd.nbd.export import Export, Replies
+from qmpnbd.nbd.handshake import handshake
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.survey import Survey

@@ -10,8 +10,7 @@ from qmpnbd.errors import NbdProtocolError, NbdRequestError, NbdUnsupportedError
 from qmpnbd.nbd import commands
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import Command, CommandFlag, TransmissionFlag
-from qmpnbd.nbd.export import Replies
-from qmpnbd.nbd.handshake import Export
+from qmpnbd.nbd.export import Export, Replies
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.requests import Job
 from tests.hostile_nbd import To, acknowledged, simple

@@ -16,7 +16,7 @@ from qmpnbd.errors import (
 from qmpnbd.nbd import commands, constants
 from qmpnbd.nbd.connection import Connection, State
 from qmpnbd.nbd.constants import ChunkType, Command, TransmissionFlag
-from qmpnbd.nbd.handshake import Export
+from qmpnbd.nbd.export import Export
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.requests import Job, Request, Sink, Status, Wait
 from qmpnbd.nbd.wire import Send

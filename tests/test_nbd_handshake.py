@@ -18,7 +18,8 @@ from qmpnbd.errors import (
 )
 from qmpnbd.nbd import constants, wire
 from qmpnbd.nbd.constants import Option, OptionReplyType
-from qmpnbd.nbd.handshake import Export, handshake
+from qmpnbd.nbd.export import Export
+from qmpnbd.nbd.handshake import handshake
 from qmpnbd.nbd.tls import Tls
 from tests.option_bytes import TLS_STARTS, ack, feed, info, meta, option_reply, unsupported
 

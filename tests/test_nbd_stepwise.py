@@ -205,6 +205,7 @@ def test_leave_is_taken(begin: Begin, folder: Path) -> None:
         with begin(uri):
             pass
         wait_until(lambda: Option.ABORT in script.asked, "the leave")
+    assert script.asked[-1] == Option.ABORT
 
 
 def test_one_call_at_a_time_and_a_cancelled_one_closes(folder: Path) -> None:

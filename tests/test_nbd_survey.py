@@ -15,7 +15,7 @@ from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError, NbdRequestErro
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.connection import Connection, State
 from qmpnbd.nbd.constants import CommandFlag, TransmissionFlag
-from qmpnbd.nbd.handshake import Export
+from qmpnbd.nbd.export import Export
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.requests import Give, Wait

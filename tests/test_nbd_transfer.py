@@ -18,8 +18,7 @@ from qmpnbd.errors import (
 from qmpnbd.nbd import transfer
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import Command, CommandFlag, TransmissionFlag
-from qmpnbd.nbd.export import Replies
-from qmpnbd.nbd.handshake import Export
+from qmpnbd.nbd.export import Export, Replies
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.requests import ReceiveInto
 from qmpnbd.nbd.wire import Send

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from qmpnbd.images.files import open_chain
 from qmpnbd.report.model import DiskReport
 from qmpnbd.validate.run import Options, validate
 from tests.chains import ChainRecipe, build, recipes
-from tests.servers import Server, blockdev, qemu, qemu_img, qemu_io, storage_daemon, tool
-from tests.writers import writing
+from tests.servers import Server, blockdev, qemu, qemu_img, qemu_io, storage_daemon
+from tests.writers import writing, written_and_not_flushed
 
 pytestmark = pytest.mark.real
 
@@ -258,19 +257,8 @@ def test_an_image_that_lags_behind_is_flushed_first(copies: Path) -> None:
     with storage_daemon("--blockdev", blockdev(copies / "top.qcow2", "top")) as server:
         server.side("nbd-server-start", addr={"type": "unix", "data": {"path": str(copies / "guest")}})
         server.side("block-export-add", type="nbd", id="guest", node_name="top", name="guest", writable=True)
-        with subprocess.Popen(
-            [tool("qemu-io"), "-t", "writeback", "-f", "raw", f"nbd+unix:///guest?socket={copies}/guest"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        ) as child:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            child.stdin.write(b"write 5M 64k\n")
-            child.stdin.flush()
-            while b"ops" not in child.stdout.readline():
-                pass
+        with written_and_not_flushed(f"nbd+unix:///guest?socket={copies}/guest", "write 5M 64k"):
             report = judged(server, "top", Options(nbd=uri))
-            child.communicate(b"quit\n", timeout=30)
     assert (report.verdict, report.rounds) == ("agreed", 1)
 
 

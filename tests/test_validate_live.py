@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,8 +28,8 @@ from qmpnbd.report.model import DiskReport, ValidationReport
 from qmpnbd.validate import live
 from qmpnbd.validate.reading import Reading, read_chain
 from qmpnbd.validate.run import Options, validate, validate_disks
-from tests.servers import Server, blockdev, qemu, qemu_img, storage_daemon, tool
-from tests.writers import writing
+from tests.servers import Server, blockdev, qemu, qemu_img, storage_daemon
+from tests.writers import writing, written_and_not_flushed
 
 pytestmark = pytest.mark.real
 
@@ -149,19 +148,8 @@ def test_a_backing_file_that_a_job_writes_to_is_flushed_as_well(copies: Path) ->
     with storage_daemon("--blockdev", json.dumps(mid), "--blockdev", top) as server:
         server.side("nbd-server-start", addr={"type": "unix", "data": {"path": str(copies / "guest")}})
         server.side("block-export-add", type="nbd", id="job", node_name="mid", name="job", writable=True)
-        with subprocess.Popen(
-            [tool("qemu-io"), "-t", "writeback", "-f", "raw", f"nbd+unix:///job?socket={copies}/guest"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        ) as child:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            child.stdin.write(b"write 5M 64k\n")
-            child.stdin.flush()
-            while b"ops" not in child.stdout.readline():
-                pass
+        with written_and_not_flushed(f"nbd+unix:///job?socket={copies}/guest", "write 5M 64k"):
             disk = one(validate(str(server.qmp), ["top"], Options(nbd=uri)))
-            child.communicate(b"quit\n", timeout=30)
         assert (disk.verdict, disk.rounds) == ("agreed", 1)
         assert server.exports() == ["job"]
 

@@ -49,3 +49,21 @@ def writing(
         child.communicate(b"quit\n", timeout=30)
         assert child.returncode == 0
         server.side("nbd-server-stop")
+
+
+@contextlib.contextmanager
+def written_and_not_flushed(uri: str, command: str) -> Iterator[None]:
+    """Lets one writing command of qemu-io be done and acknowledged, and keeps the connection without a flush."""
+    with subprocess.Popen(
+        [tool("qemu-io"), "-t", "writeback", "-f", "raw", uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(f"{command}\n".encode())
+        child.stdin.flush()
+        while b"ops" not in (line := child.stdout.readline()):
+            assert line, "qemu-io ended"
+        try:
+            yield
+        finally:
+            child.communicate(b"quit\n", timeout=30)

@@ -28,8 +28,8 @@ from qmpnbd.nbd.aio_runner import Runner
 from qmpnbd.nbd.aio_sockets import Stream, bounded, drive, open_stream
 from qmpnbd.nbd.client import CLOSE_PATIENCE
 from qmpnbd.nbd.connection import Connection, State
-from qmpnbd.nbd.export import Replies
-from qmpnbd.nbd.handshake import Export, handshake
+from qmpnbd.nbd.export import Export, Replies
+from qmpnbd.nbd.handshake import handshake
 from qmpnbd.nbd.policy import UriPolicy, admitted
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.reconnect import Reconnect, Statistics, require_same

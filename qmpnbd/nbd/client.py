@@ -27,8 +27,8 @@ from qmpnbd.errors import NbdConnectError, NbdDisconnectedError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd import commands, transfer
 from qmpnbd.nbd.connection import Connection, State
-from qmpnbd.nbd.export import Replies
-from qmpnbd.nbd.handshake import Export, handshake
+from qmpnbd.nbd.export import Export, Replies
+from qmpnbd.nbd.handshake import handshake
 from qmpnbd.nbd.policy import UriPolicy, admitted
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.reconnect import Reconnect, Statistics, require_same

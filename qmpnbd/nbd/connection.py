@@ -27,7 +27,7 @@ from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError, UsageError
 from qmpnbd.nbd import constants, messages
 from qmpnbd.nbd.chunk_rules import header_fault, request_failed, unpack_failure
 from qmpnbd.nbd.constants import ChunkFlag, ChunkType, Command, CommandFlag, WireError
-from qmpnbd.nbd.handshake import Export
+from qmpnbd.nbd.export import Export
 from qmpnbd.nbd.messages import ChunkHeader, RequestHeader, SimpleReply
 from qmpnbd.nbd.requests import (
     NOWHERE,

@@ -26,8 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qmpnbd.errors import NbdError, UsageError
-from qmpnbd.nbd.export import Export as Export  # noqa: PLC0414 - what comes out of here has always been found here
-from qmpnbd.nbd.export import Replies, name_to_wire
+from qmpnbd.nbd.export import Export, Replies, name_to_wire
 from qmpnbd.nbd.negotiation import Haggling
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.wire import Program

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from qmpnbd.errors import UsageError
 from qmpnbd.nbd.constants import SECTOR
-from qmpnbd.nbd.handshake import Export
+from qmpnbd.nbd.export import Export
 
 _MAX_EXTENDED = 2**63
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from qmpnbd.errors import NbdDisconnectedError
-from qmpnbd.nbd.handshake import Export
+from qmpnbd.nbd.export import Export
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd import constants
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import SECTOR, Command, CommandFlag, TransmissionFlag
-from qmpnbd.nbd.handshake import Export
+from qmpnbd.nbd.export import Export
 from qmpnbd.nbd.messages import pack_status_filter
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.ranges import aligned_range, longest_effect

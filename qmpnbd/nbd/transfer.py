@@ -15,7 +15,7 @@ from typing import Any, Final
 from qmpnbd.errors import NbdDisconnectedError, NbdUnsupportedError, UsageError
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import Command, CommandFlag, TransmissionFlag
-from qmpnbd.nbd.handshake import Export
+from qmpnbd.nbd.export import Export
 from qmpnbd.nbd.ranges import check_range, longest_payload, pieces
 from qmpnbd.nbd.requests import Batch, Due, Give, Job, Request, Sink, Wait
 from qmpnbd.nbd.wire import Send
