@@ -9,7 +9,7 @@ from qmpnbd.errors import NbdDisconnectedError
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import Command, CommandFlag
 from qmpnbd.nbd.messages import RequestHeader
-from qmpnbd.nbd.requests import Give, Job, Look
+from qmpnbd.nbd.requests import Give, Job, Look, ReceiveInto
 from qmpnbd.nbd.wire import Receive, Send
 
 _T = TypeVar("_T")
@@ -70,12 +70,14 @@ class Line:
             operation = next(program)
             while True:
                 assert 0 < operation.count <= self._most, f"{operation.count} bytes wanted at once"
-                if operation.count > len(self.incoming):
+                skipped = operation.skip if isinstance(operation, ReceiveInto) else 0
+                if skipped + operation.count > len(self.incoming):
                     self.connection.lose()
                     raise NbdDisconnectedError(f"the end while {operation.what} was due", where="test")
                 if isinstance(operation, Look):
                     operation = program.send(memoryview(bytes(self.incoming)))
                     continue
+                del self.incoming[:skipped]
                 taken = self.incoming[: operation.count]
                 del self.incoming[: operation.count]
                 if isinstance(operation, Receive):

@@ -28,6 +28,7 @@ from qmpnbd.nbd.constants import Command
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.reconnect import Reconnect
+from qmpnbd.nbd.transfer import READ_PIECE
 from tests.hostile_nbd import BASE, DEPTH, Script, To, acknowledged, honest, honest_read, pattern, serving, simple_read
 from tests.nbd_doors import LONG, SHORT, Door, both_doors
 from tests.option_bytes import unsupported
@@ -115,7 +116,7 @@ def test_a_read_error_is_one_of_its_request_only(door: Door, folder: Path, form:
     with serving(folder, script(form, read=tell)) as uri:
         failed, read = door(uri, ("read", 0, 4 << 20), ("read", 5, 512))
     assert isinstance(failed, NbdRequestError)
-    assert (failed.offset, failed.length, failed.wire_error) == (1 << 20, 1 << 20, 5)
+    assert (failed.offset, failed.length, failed.wire_error) == (1 << 20, READ_PIECE, 5)
     assert read == pattern(5, 512)
 
 
@@ -197,7 +198,7 @@ def test_after_a_deadline_late_data_is_dropped_and_the_client_goes_on(door: Door
         yield from honest_read(request, count)
 
     with serving(folder, Script(read=tell)) as uri:
-        silent, read = door(uri, ("read", 0, 1 << 20, {"deadline": Deadline(SHORT)}), ("read", 512, 512))
+        silent, read = door(uri, ("read", 0, 65536, {"deadline": Deadline(SHORT)}), ("read", 512, 512))
     assert isinstance(silent, DeadlineError)
     assert read == pattern(512, 512)
 
@@ -380,7 +381,7 @@ def test_reads_go_on_after_losses_if_that_is_wanted(door: Door, folder: Path, fo
         assert isinstance(lost, NbdDisconnectedError)
         assert door(uri, ("read", 0, 8 << 20), "maps", **again) == [pattern(0, 8 << 20), HONEST]
         (pieces,) = door(uri, ("chunks", [(0, 8 << 20)]), **again)
-        assert sorted(pieces) == [(n << 20, pattern(n << 20, 1 << 20)) for n in range(8)]
+        assert sorted(pieces) == [(n * READ_PIECE, pattern(n * READ_PIECE, READ_PIECE)) for n in range(32)]
 
 
 @both_doors

@@ -20,7 +20,7 @@ from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import Command, CommandFlag, TransmissionFlag
 from qmpnbd.nbd.export import Export, Replies
 from qmpnbd.nbd.messages import RequestHeader
-from qmpnbd.nbd.requests import ReceiveInto
+from qmpnbd.nbd.requests import Look, ReceiveInto
 from qmpnbd.nbd.wire import Send
 from tests.hostile_nbd import To, acknowledged, honest_read, pattern, simple, simple_read
 from tests.nbd_line import Line, Tell
@@ -185,15 +185,17 @@ def test_requests_keep_to_the_sizes_of_the_export() -> None:
             transfer.new_buffer(connected(block=4096).export, "here", offset, length)
 
 
-def test_a_read_that_is_given_up_writes_nothing_more_into_the_buffer() -> None:
+@pytest.mark.parametrize("come", [16, 27, 28])
+def test_a_read_that_is_given_up_writes_nothing_more_into_the_buffer(come: int) -> None:
     connection = connected()
     buffer = bytearray(1024)
     job = transfer.Reading(connection.export, "here", 0, memoryview(buffer)).run(connection)
     assert isinstance(next(job), Send)
     reception = connection.receive()
-    header = To(RequestHeader(Command.READ, 1, 0, 1024)).data(0, bytes(1024), done=True)
-    operation = next(reception)
-    for part in (header[:4], header[4:20], header[20:28]):
+    header = To(RequestHeader(Command.READ, 1, 0, 1024)).data(0, bytes(1024), done=True)[:28]
+    assert isinstance(next(reception), Look)
+    operation = reception.send(memoryview(header[:come]))
+    for part in () if come == 28 else (header[:4], header[4:20], header[20:28]):
         operation = reception.send(bytearray(part))
     assert isinstance(operation, ReceiveInto)
     buffers = [operation.buffer]

@@ -13,6 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError
+from qmpnbd.nbd import constants
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.requests import Look, ReceiveInto, Reception
 from qmpnbd.nbd.tls import Tls
@@ -21,16 +22,18 @@ from qmpnbd.nbd.wire import Buffer, Receive, Received
 if TYPE_CHECKING:
     from qmpnbd.nbd.tls_socket import TlsSocket
 
-_BUFFER: Final = 64 * 1024  # bytes; headers are received with what follows them, larger payloads go past it
+_BUFFER: Final = constants.LOOK_AHEAD  # bytes; larger payloads go past it
+_SPARE: Final = 64  # bytes; more than precedes any payload
 
 
 class Inbox:
     """Bytes received: what came too early is kept, what is large goes straight to where it is wanted."""
 
-    __slots__ = ("_buffer", "_early", "_end", "_start", "_target", "asked", "have", "operation")
+    __slots__ = ("_buffer", "_early", "_end", "_spare", "_start", "_target", "asked", "have", "operation")
 
     def __init__(self) -> None:
         self._buffer = memoryview(bytearray(_BUFFER))
+        self._spare = self._buffer[:_SPARE]
         self._start = self._end = 0
         self._target = memoryview(b"")
         self._early = False
@@ -45,8 +48,10 @@ class Inbox:
         self.have = 0
         if isinstance(operation, Receive):
             self._target = memoryview(bytearray(operation.count))
-        elif operation.buffer is not None:
-            self._target = operation.buffer
+        else:
+            self._start += operation.skip
+            if operation.buffer is not None:
+                self._target = operation.buffer
         self._serve()
 
     @property
@@ -75,18 +80,24 @@ class Inbox:
         """Books `count` bytes received into `more_room`."""
         self._end += count
 
-    def room(self) -> memoryview:
-        """Returns where the next bytes are to be received; call `arrived` afterwards."""
-        self._early = self.asked - self.have < _BUFFER or self._dropping
-        return self._buffer if self._early else self._target[self.have :]
+    def rooms(self) -> list[memoryview]:
+        """Returns where the next bytes are to be received, in this order; call `arrived` afterwards.
+
+        What is large goes straight to where it is wanted, and room is left for what precedes the next large payload.
+        """
+        self._early = self.asked < _BUFFER or self._dropping
+        return [self._buffer] if self._early else [self._target[self.have :], self._spare]
 
     def arrived(self, count: int) -> None:
-        """Books `count` bytes received into `room`."""
+        """Books `count` bytes received into `rooms`."""
         if self._early:
             self._start, self._end = 0, count
             self._serve()
-        else:
-            self.have += count
+            return
+        self.have += count
+        if self.have > self.asked:
+            self._start, self._end = 0, self.have - self.asked
+            self.have = self.asked
 
     def take(self) -> Received:
         """Returns the bytes asked for, which belong to the caller; nothing if they went to a place of their own."""
@@ -167,11 +178,13 @@ class Channel:
         Raises:
             NbdDisconnectedError: the connection ended.
         """
-        while len(ahead := self._inbox.ahead()) < operation.count:
-            got = self._receive_into(self._inbox.more_room(), operation.what)
+        inbox = self._inbox
+        while len(ahead := inbox.ahead()) < operation.count:
+            room = inbox.more_room()[: operation.most - len(ahead)]
+            got = self._receive_into([room], operation.what)
             if not got:
                 return None
-            self._inbox.more(got)
+            inbox.more(got)
         return ahead
 
     def receive(self, operation: Receive | ReceiveInto) -> bool:
@@ -184,16 +197,16 @@ class Channel:
         if operation is not inbox.operation:
             inbox.ask(operation)
         while inbox.have != inbox.asked:
-            got = self._receive_into(inbox.room(), operation.what)
+            got = self._receive_into(inbox.rooms(), operation.what)
             if not got:
                 return False
             inbox.arrived(got)
         return True
 
-    def _receive_into(self, room: memoryview, what: object) -> int:
+    def _receive_into(self, rooms: list[memoryview], what: object) -> int:
         """Receives what is there; 0 if there is nothing."""
         try:
-            got = self._sock.recv_into(room)
+            got = self._sock.recv_into(rooms[0]) if len(rooms) == 1 else self._sock.recvmsg_into(rooms)[0]
         except BlockingIOError:
             return 0
         except OSError as error:

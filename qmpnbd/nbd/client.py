@@ -203,8 +203,8 @@ class Client:
         self,
         ranges: Iterable[tuple[int, int]],
         *,
-        size: int = transfer.PIECE,
-        in_flight: int = transfer.CHUNKS_IN_FLIGHT,
+        size: int = transfer.READ_PIECE,
+        in_flight: int = transfer.READS_IN_FLIGHT,
         deadline: Deadline | None = None,
     ) -> Iterator[tuple[int, memoryview]]:
         """Reads ranges piece by piece, several requests in flight: the fast way to read much ("NBD_CMD_READ").

@@ -24,11 +24,11 @@ from enum import Enum, auto
 from typing import Final
 
 from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError, UsageError
-from qmpnbd.nbd import constants, messages
+from qmpnbd.nbd import constants, messages, whole_reads
 from qmpnbd.nbd.chunk_rules import header_fault, request_failed, unpack_failure
 from qmpnbd.nbd.constants import ChunkFlag, ChunkType, Command, CommandFlag, WireError
 from qmpnbd.nbd.export import Export
-from qmpnbd.nbd.messages import ChunkHeader, RequestHeader, SimpleReply
+from qmpnbd.nbd.messages import ChunkHeader, SimpleReply, pack_request
 from qmpnbd.nbd.requests import (
     NOWHERE,
     Batch,
@@ -91,6 +91,12 @@ class Connection:
         self._filling: tuple[Request, ReceiveInto] | None = None
         self._last_cookie = 0  # counts up and never wraps in practice: no cookie is used twice
         self._due = Due(self._pending)
+        self._replies = export.replies
+        self._head = whole_reads.HEADS[export.replies]
+        shortest = whole_reads.SHORTEST[export.replies]
+        self._look_far = Look(shortest, self._due, constants.LOOK_AHEAD)
+        self._look_near = Look(shortest, self._due, self._head)
+        self._look: Look | None = None
 
     @property
     def state(self) -> State:
@@ -173,15 +179,16 @@ class Connection:
         most = constants.MAX_EXTRA_CHUNKS
         if command == Command.READ:
             most += length // constants.SECTOR + 2  # and two at unaligned ends
+            self._look = self._look_near if length >= whole_reads.LARGE else self._look_far
         elif command == Command.BLOCK_STATUS:
             most += len(self.export.contexts)
-        whole = bool(command == Command.READ and flags & CommandFlag.DF)
+        whole = bool(command == Command.READ and flags & _DF)
         request = Request(command, offset, length, batch, sink, most, whole)
         self._pending[self._last_cookie] = batch.pending[self._last_cookie] = request
         if self._extended and (payload is not None or command == Command.WRITE):
             flags |= CommandFlag.PAYLOAD_LEN
         told = length if payload is None else payload
-        return RequestHeader(command, self._last_cookie, offset, told, flags).pack(extended=self._extended)
+        return pack_request(command, self._last_cookie, offset, told, flags, extended=self._extended)
 
     def submit_volley(self, batch: Batch, volley: Volley) -> int:
         """Books many requests, whose headers must be sent before anything else is; returns the first of their cookies.
@@ -232,7 +239,7 @@ class Connection:
             return b""
         self._become(State.CLOSED)
         self._last_cookie += 1
-        return RequestHeader(Command.DISC, self._last_cookie).pack(extended=self._extended)
+        return pack_request(Command.DISC, self._last_cookie, 0, 0, 0, extended=self._extended)
 
     def require_success(self, request: Request) -> None:
         """Returns if a finished request was carried out.
@@ -253,9 +260,25 @@ class Connection:
             NbdProtocolError: the server broke the protocol.
         """
         due = self._due
-        if self._volleys and (taken := self._take_volleys((yield Look(_SHORTEST_MESSAGE, due)))):
-            yield ReceiveInto(None, taken, due)
-            return
+        if self._volleys:
+            if taken := self._take_volleys((yield self._look_far)):
+                yield ReceiveInto(None, taken, due)
+                return
+        elif self._look is not None:
+            whole = whole_reads.whole_read(self._replies, (yield self._look), self._pending)
+            if whole is not None:
+                self.messages += 1
+                cookie, request = whole
+                request.chunks = request.contents = 1
+                room = request.sink.room(request, request.offset, request.length)
+                operation = ReceiveInto(room, request.length, due, self._head)
+                self._filling = (request, operation)
+                try:
+                    yield operation
+                finally:
+                    self._filling = None
+                self._finish(cookie)
+                return
         (magic,) = messages.MAGIC.unpack((yield Receive(messages.MAGIC.size, due)))
         self.messages += 1
         if magic == constants.SIMPLE_REPLY_MAGIC and not self._extended:
@@ -415,7 +438,7 @@ class Connection:
             self._volleys.clear()
 
 
-_SHORTEST_MESSAGE: Final = messages.MAGIC.size + SimpleReply.LAYOUT.size
+_DF: Final = int(CommandFlag.DF)  # a number is compared ten times faster than a flag
 
 _MAGICS: Final = {
     "simple": constants.SIMPLE_REPLY_MAGIC,

@@ -194,6 +194,9 @@ MAX_STATUS_EXTENTS: Final = 2**20
 MAX_ERROR_CHUNK: Final = 14 + MAX_STRING
 """Bytes of an error chunk: error, message length, message, offset. Also the bound for unknown error types."""
 
+LOOK_AHEAD: Final = 64 * 1024
+"""Bytes received at a time where messages are small, to be taken apart afterwards."""
+
 MAX_EXTRA_CHUNKS: Final = 16
 """Chunks of one reply beyond one for each context: an error or two and the final NONE, generously."""
 

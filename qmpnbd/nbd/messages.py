@@ -34,6 +34,17 @@ def pack_status_filter(length: int, ids: list[int]) -> bytes:
     return struct.pack(f">Q{len(ids)}I", length, *ids)
 
 
+_COMPACT = struct.Struct(">IHHQQI")
+_EXTENDED = struct.Struct(">IHHQQQ")
+
+
+def pack_request(command: int, cookie: int, offset: int, length: int, flags: int, *, extended: bool) -> bytes:
+    """Returns the bytes of a `RequestHeader`, for those who make thousands of them in a second."""
+    if extended:
+        return _EXTENDED.pack(EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length)
+    return _COMPACT.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
+
+
 @dataclass(frozen=True, slots=True)
 class RequestHeader:
     """What the client asks of an export ("Request message").
@@ -56,14 +67,12 @@ class RequestHeader:
     flags: int = 0
     magic: int = REQUEST_MAGIC
 
-    LAYOUT: ClassVar = struct.Struct(">IHHQQI")
-    EXTENDED: ClassVar = struct.Struct(">IHHQQQ")
+    LAYOUT: ClassVar = _COMPACT
+    EXTENDED: ClassVar = _EXTENDED
 
     def pack(self, *, extended: bool = False) -> bytes:
         """Returns the bytes on the wire."""
-        layout, magic = (self.EXTENDED, EXTENDED_REQUEST_MAGIC) if extended else (self.LAYOUT, self.magic)
-        packed: bytes = layout.pack(magic, self.flags, self.command, self.cookie, self.offset, self.length)
-        return packed
+        return pack_request(self.command, self.cookie, self.offset, self.length, self.flags, extended=extended)
 
     @classmethod
     def unpack(cls, data: Received) -> RequestHeader:

@@ -28,19 +28,33 @@ class ReceiveInto:
     """Receive exactly `count` bytes into `buffer`, or drop them if there is none. What comes back is empty.
 
     The buffer may be taken away while bytes arrive, by setting it to None: the rest is dropped.
+
+    Attributes:
+        buffer: as long as `count`, or None.
+        count: bytes.
+        what: what is being waited for, for messages.
+        skip: bytes before these that were looked at, and are done with.
     """
 
     buffer: memoryview | None
     count: int
     what: object
+    skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Receive at least `count` bytes. What comes back is a view of all that arrived; it stays there to be received."""
+    """Receive at least `count` bytes. What comes back is a view of all that arrived; it stays there to be received.
+
+    Attributes:
+        count: bytes needed.
+        what: what is being waited for, for messages.
+        most: bytes to receive at most, so that what follows them can go straight to where it is wanted.
+    """
 
     count: int
     what: object
+    most: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,6 +145,10 @@ class TlsSocket:
             raise _failed(error, self._where) from error
         return got
 
+    def recvmsg_into(self, buffers: Sequence[memoryview]) -> tuple[int]:
+        """The same for the first of several buffers."""
+        return (self.recv_into(buffers[0]),)
+
     def fileno(self) -> int:
         """Returns the socket's number, -1 when it is closed."""
         return self._sock.fileno()

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from qmpnbd.errors import NbdDisconnectedError, NbdUnsupportedError, UsageError
@@ -20,20 +19,28 @@ from qmpnbd.nbd.ranges import check_range, longest_payload, pieces
 from qmpnbd.nbd.requests import Batch, Due, Give, Job, Request, Sink, Wait
 from qmpnbd.nbd.wire import Send
 
-PIECE: Final = 1 << 20
-"""Bytes of one request unless the caller chooses. Smaller ones cost the server more, larger ones the cache."""
+READ_PIECE: Final = 256 << 10
+"""Bytes of one READ unless the caller chooses. Smaller ones cost both ends more, larger ones the cache."""
+
+READS_IN_FLIGHT: Final = 32
+"""READs in flight unless the caller chooses: twice as many as QEMU works on at a time, so that it never lacks them."""
+
+WRITE_PIECE: Final = 1 << 20
+"""Bytes of one WRITE."""
 
 IN_FLIGHT: Final = 8
-"""Requests in flight. More of them, or more connections, bring nothing on one connection to one disk."""
-
-CHUNKS_IN_FLIGHT: Final = 16
-"""Requests of `Chunks` in flight: as many as QEMU works on at a time. With fewer, both ends sleep and wake by turns on
-an idle machine, and a local read takes up to twice as long."""
+"""Requests in flight that change something. More of them, or more connections, bring nothing on one disk."""
 
 MOST_IN_FLIGHT: Final = 64
 """More than QEMU works on at a time is of no use, and each has a buffer."""
 
-_ZEROES: Final = bytes(PIECE)
+_ZEROES: Final = bytes(READ_PIECE)
+_NO_BUFFER: Final = memoryview(b"")
+
+
+def _few(in_flight: int) -> int:
+    """Returns with how many requests left in flight new ones are made, all together."""
+    return in_flight - (in_flight + 3) // 4
 
 
 class Coverage:
@@ -80,22 +87,35 @@ class Destination(Sink):
 
     Args:
         connection: the one it comes over.
-        offset: the byte of the export that goes to the beginning of `view`.
-        view: as long as the request.
+        offset: first byte of the export.
+        length: bytes of the request.
+        place: makes the buffer, at least as long as the request, when the first of its data is there.
+
+    Attributes:
+        view: the buffer; empty before.
     """
 
-    __slots__ = ("_connection", "_coverage", "_offset", "view")
+    __slots__ = ("_connection", "_coverage", "_place", "_whole", "length", "offset", "view")
 
-    def __init__(self, connection: Connection, offset: int, view: memoryview) -> None:
+    def __init__(self, connection: Connection, offset: int, length: int, place: Callable[[], memoryview]) -> None:
+        self.offset = offset
+        self.length = length
+        self.view = _NO_BUFFER
         self._connection = connection
-        self._offset = offset
-        self._coverage = Coverage(len(view))
-        self.view = view
+        self._place = place
+        self._whole = False  # told all at once, as nearly always
+        self._coverage: Coverage | None = None
 
     def room(self, request: Request, offset: int, length: int) -> memoryview:
         """Returns the part of the buffer for some data."""
-        start = offset - self._offset
-        if not self._coverage.add(start, start + length):
+        if not self.view:
+            self.view = self._place()
+            if length == self.length:
+                self._whole = True
+                return self.view[:length]
+            self._coverage = Coverage(self.length)
+        start = offset - self.offset
+        if self._coverage is None or not self._coverage.add(start, start + length):
             raise self._connection.violation(
                 f"bytes of [{offset:#x}, {offset + length:#x}) twice in reply to {request}"
             )
@@ -109,10 +129,12 @@ class Destination(Sink):
 
     def done(self, request: Request) -> None:
         """Judges the reply as a whole."""
-        gap = self._coverage.gap
-        if request.failure is None and gap is not None:
+        if self._whole or request.failure is not None:
+            return
+        gap = 0 if self._coverage is None else self._coverage.gap
+        if gap is not None:
             raise self._connection.violation(
-                f"success in reply to {request}, and nothing about the byte at {self._offset + gap:#x}"
+                f"success in reply to {request}, and nothing about the byte at {self.offset + gap:#x}"
             )
 
 
@@ -138,7 +160,7 @@ class Reading:
         self._buffer = buffer
         self._offset = offset
         self._flags = _df(export, where) if unfragmented else 0
-        self._todo = deque(pieces(offset, len(buffer), min(PIECE, longest_payload(export))))
+        self._todo = deque(pieces(offset, len(buffer), min(READ_PIECE, longest_payload(export))))
         self._out: dict[Request, tuple[int, int]] = {}
 
     def run(self, connection: Connection) -> Job[None]:
@@ -153,10 +175,10 @@ class Reading:
         self._out.clear()
         with connection.batch() as batch:
             while self._todo or self._out:
-                headers = []
-                while self._todo and len(batch.pending) < IN_FLIGHT:
-                    headers.append(self._request(connection, batch))
-                if headers:
+                if self._todo and len(batch.pending) <= _few(READS_IN_FLIGHT):
+                    headers = []
+                    while self._todo and len(batch.pending) < READS_IN_FLIGHT:
+                        headers.append(self._request(connection, batch))
                     yield Send(b"".join(headers))
                 yield Wait(batch, Due(batch.pending))
                 while batch.finished:
@@ -167,17 +189,10 @@ class Reading:
     def _request(self, connection: Connection, batch: Batch) -> bytes:
         offset, length = self._todo[0]  # it stays there until it is booked: the connection may be lost
         start = offset - self._offset
-        sink = Destination(connection, offset, self._buffer[start : start + length])
+        sink = Destination(connection, offset, length, lambda: self._buffer[start : start + length])
         header = connection.submit(batch, Command.READ, offset, length, sink, flags=self._flags)
         self._out[next(reversed(batch.pending.values()))] = self._todo.popleft()
         return header
-
-
-@dataclass(slots=True, eq=False)
-class _Piece:
-    offset: int
-    length: int
-    buffer: memoryview
 
 
 class Chunks:
@@ -209,10 +224,9 @@ class Chunks:
         self._size = min(size, longest_payload(export))
         self._in_flight = in_flight
         self._ranges = self._cut(ranges)
-        self._again: deque[_Piece] = deque()
+        self._again: deque[tuple[int, int]] = deque()
         self._free: list[memoryview] = []
-        self._buffers = 0
-        self._out: dict[Request, _Piece] = {}
+        self._out: dict[Request, Destination] = {}
 
     def run(self, connection: Connection) -> Job[None]:
         """Reads, and gives offset and data of each piece, in the order in which they arrive.
@@ -223,50 +237,46 @@ class Chunks:
             NbdDisconnectedError: the connection ended; the pieces not given yet can be read over another one.
             UsageError: a range outside the export, or off its blocks.
         """
-        self._again.extend(self._out.values())
+        for piece in self._out.values():
+            self._again.append((piece.offset, piece.length))
+            if piece.view:
+                self._free.append(piece.view)
         self._out.clear()
+        few = _few(self._in_flight)
         with connection.batch() as batch:
+            wait = Wait(batch, Due(batch.pending))
             while True:
-                if headers := self._requests(connection, batch):
+                if len(batch.pending) <= few and (headers := self._requests(connection, batch)):
                     yield Send(headers)
                 if not self._out:
                     return
                 if not batch.finished:
-                    yield Wait(batch, Due(batch.pending))
+                    yield wait
                 request = batch.finished.popleft()
                 connection.require_success(request)
-                piece = self._out[request]  # it stays there until it is given: sending may fail
-                if headers := self._requests(connection, batch):
-                    yield Send(headers)  # the server works while the caller does
-                del self._out[request]
-                yield Give((piece.offset, piece.buffer[: piece.length]))
-                self._free.append(piece.buffer)
+                piece = self._out.pop(request)
+                yield Give((piece.offset, piece.view[: piece.length]))
+                self._free.append(piece.view)
 
     def _requests(self, connection: Connection, batch: Batch) -> bytes:
-        """Makes as many requests as may be in flight and have a buffer."""
+        """Makes as many requests as may be in flight."""
         headers = []
-        while len(batch.pending) < self._in_flight and (piece := self._piece()) is not None:
-            sink = Destination(connection, piece.offset, piece.buffer[: piece.length])
+        while len(batch.pending) < self._in_flight:
+            found = self._again.popleft() if self._again else next(self._ranges, None)
+            if found is None:
+                break
+            piece = Destination(connection, *found, self._place)
             try:
-                headers.append(connection.submit(batch, Command.READ, piece.offset, piece.length, sink))
+                headers.append(connection.submit(batch, Command.READ, *found, piece))
             except NbdDisconnectedError:
-                self._again.appendleft(piece)
+                self._again.appendleft(found)
                 raise
             self._out[next(reversed(batch.pending.values()))] = piece
         return b"".join(headers)
 
-    def _piece(self) -> _Piece | None:
-        """Returns what to read next, with a buffer."""
-        if self._again:
-            return self._again.popleft()
-        if not self._free and self._buffers > self._in_flight:
-            return None  # one for each request, and one that the caller looks at
-        if (found := next(self._ranges, None)) is None:
-            return None
-        if not self._free:
-            self._buffers += 1
-            self._free.append(memoryview(bytearray(self._size)))
-        return _Piece(*found, self._free.pop())
+    def _place(self) -> memoryview:
+        """Returns the buffer that was used last, and is likely to be in the cache still."""
+        return self._free.pop() if self._free else memoryview(bytearray(self._size))
 
     def _cut(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         for offset, length in ranges:
@@ -290,7 +300,7 @@ def write(connection: Connection, offset: int, data: memoryview, *, fua: bool) -
     require_writable(export, where)
     flags = fua_flag(export, where) if fua else 0
     check_range(export, offset, len(data), where)
-    todo = deque(pieces(offset, len(data), min(PIECE, longest_payload(export))))
+    todo = deque(pieces(offset, len(data), min(WRITE_PIECE, longest_payload(export))))
     failed: list[Request] = []
     with connection.batch() as batch:
         while todo or batch.pending or batch.finished:
