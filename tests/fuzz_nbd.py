@@ -13,60 +13,22 @@ from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any
 
-from qmpnbd.errors import (
-    NbdContextError,
-    NbdDisconnectedError,
-    NbdProtocolError,
-    NbdRefusedError,
-    NbdRequestError,
-    NbdUnsupportedError,
-)
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd import commands, transfer, wire
 from qmpnbd.nbd.connection import Connection
-from qmpnbd.nbd.constants import Option, OptionReplyType, TransmissionFlag
+from qmpnbd.nbd.constants import CommandFlag, Option, OptionReplyType, TransmissionFlag
 from qmpnbd.nbd.export import Export, Replies
 from qmpnbd.nbd.handshake import handshake
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.survey import Survey
+from tests import fuzz_nbd_recorded
 from tests.hostile_nbd import BASE, DEPTH, To, acknowledged, honest_read, pattern, simple_read
 from tests.nbd_line import Line
+from tests.nbd_verdict import DOCUMENTED, DOCUMENTED_OF_HANDSHAKE, MOST, ODD, FindingError, Verdict
 from tests.option_bytes import ack, feed, info, meta, option_reply
 
-DOCUMENTED = (NbdProtocolError, NbdRequestError, NbdDisconnectedError, NbdUnsupportedError)
-DOCUMENTED_OF_HANDSHAKE = (*DOCUMENTED, NbdRefusedError, NbdContextError)
 SIZE = 8192
-MOST = 1 << 20
-"""Bytes that no honest answer here comes near, so that nobody may have room made for more."""
-
-_ODD = [
-    0,
-    1,
-    2,
-    3,
-    5,
-    6,
-    7,
-    127,
-    128,
-    255,
-    256,
-    511,
-    512,
-    4096,
-    8192,
-    2**15 + 1,
-    2**15 + 2,
-    2**16 - 1,
-    2**31,
-    2**32 - 1,
-]
-_ODD += [2**32, 2**63 - 1, 2**63, 2**64 - 512, 2**64 - 1, 0x67446698, 0x668E33EF, 0x6E8A278C, 108]
-
-
-class FindingError(Exception):
-    """Something that must not happen."""
 
 
 def mutated(chance: random.Random, data: bytes) -> bytes:
@@ -79,7 +41,7 @@ def mutated(chance: random.Random, data: bytes) -> bytes:
             changed[at] ^= 1 << chance.randrange(8)
         elif kind == 1:
             width = chance.choice((1, 2, 4, 8))
-            changed[at : at + width] = (chance.choice(_ODD) % (1 << 8 * width)).to_bytes(width, "big")
+            changed[at : at + width] = (chance.choice(ODD) % (1 << 8 * width)).to_bytes(width, "big")
         elif kind == 2:
             del changed[at : at + chance.choice((1, 2, 4, 8, 20, 32))]
         elif kind == 3:
@@ -125,7 +87,7 @@ class Server:
     def __init__(self, chance: random.Random, replies: Replies) -> None:
         self._chance = chance
         self._replies = replies
-        self.told_truth = True
+        self.told_truth = self.always_told_truth = True
         self._wicked = chance.random() < 0.9
 
     def __call__(self, request: RequestHeader) -> Iterable[bytes]:
@@ -134,6 +96,7 @@ class Server:
         if self._wicked:
             said = mutated(self._chance, shuffled(self._chance, self._honest(request)))
         self.told_truth &= said == honest
+        self.always_told_truth &= said == honest
         return [said]
 
     def _honest(self, request: RequestHeader) -> list[bytes]:
@@ -143,7 +106,10 @@ class Server:
         if request.command == 7 and self._replies != "simple":
             state = self._chance.getstate()
             self._chance.seed(request.cookie)
-            told = [to.status(id_, extents(self._chance, min(request.length, SIZE))) for id_ in (7, 4)]
+            # Only BASE is ever asked for by itself; what is told of the length then is that of the payload.
+            filtered = bool(request.flags & CommandFlag.PAYLOAD_LEN)
+            length = SIZE - request.offset if filtered else request.length
+            told = [to.status(id_, extents(self._chance, length)) for id_ in ((4,) if filtered else (7, 4))]
             self._chance.setstate(state)
             return [*told, to.none()]
         return [acknowledged(request)]
@@ -168,15 +134,18 @@ def attack(chance: random.Random) -> str:
     ends = []
     for _ in range(3):
         name, job, judge = _job(chance, connection)
+        verdict = Verdict(line)
         server.told_truth = True
         try:
             outcome = line.run(job)
         except DOCUMENTED as error:
+            verdict.pieces()
+            _require(not server.always_told_truth)
             ends.append(type(error).__name__)
             if not connection.live:
                 break
         else:
-            judge(outcome, line, server.told_truth)
+            judge(outcome, verdict, server.told_truth)
             ends.append(name)
     return " ".join(ends)
 
@@ -200,12 +169,12 @@ def attack_empty(chance: random.Random) -> str:
         maps = Line(connection, tell, most=9 * MOST).run(Survey(export, "here").run(connection))
     except DOCUMENTED as error:
         return type(error).__name__
-    _require(_sized(maps, size) and (bool(odd) or len(maps[DEPTH]) == 1))
+    _require(maps[DEPTH].size == size and (bool(odd) or len(maps[DEPTH]) == 1))
     return "huge"
 
 
-def _job(chance: random.Random, connection: Connection) -> tuple[str, Any, Callable[[Any, Line, bool], None]]:
-    """Chooses a call, and what must be true of its result."""
+def _job(chance: random.Random, connection: Connection) -> tuple[str, Any, Callable[[Any, Verdict, bool], None]]:
+    """Chooses a call, and what must be true of its result, above all where the server told the truth."""
     export = connection.export
     kind = chance.choice(("read", "chunks", "maps", "maps", "once", "command"))
     if kind in ("maps", "once") and not export.contexts:
@@ -213,28 +182,35 @@ def _job(chance: random.Random, connection: Connection) -> tuple[str, Any, Calla
     if kind == "read":
         buffer = bytearray(b"\xaa" * 1024)
         reading = transfer.Reading(export, "here", 512, memoryview(buffer))
-        return kind, reading.run(connection), lambda _, __, truth: _require(not truth or buffer == pattern(512, 1024))
+
+        def judge_read(_: Any, verdict: Verdict, truth: bool) -> None:
+            verdict.read(512, buffer)
+            _require(not truth or buffer == pattern(512, 1024))
+
+        return kind, reading.run(connection), judge_read
     if kind == "chunks":
         plan = transfer.Chunks(export, "here", [(0, 4096), (5000, 10)], size=1024, in_flight=3)
-        return kind, plan.run(connection), lambda _, line, truth: _require(not truth or _all_given(line))
+
+        def judge_pieces(_: Any, verdict: Verdict, truth: bool) -> None:
+            verdict.pieces()
+            given = sorted(verdict.given)
+            _require([offset for offset, _ in given] == [0, 1024, 2048, 3072, 5000])
+            _require(not truth or all(data == pattern(offset, len(data)) for offset, data in given))
+
+        return kind, plan.run(connection), judge_pieces
     if kind == "command":
         call = commands.trim(connection, 0, SIZE, fua=False) if chance.random() < 0.5 else commands.flush(connection)
-        return kind, call, lambda _, __, ___: None
+        return kind, call, lambda _, verdict, __: verdict.done()
     lenient = frozenset(Quirk) if chance.random() < 0.2 else frozenset[Quirk]()
     wanted = [BASE] if chance.random() < 0.2 else None
     survey = Survey(export, "here", 0, SIZE, contexts=wanted, lenient=lenient)
-    if kind == "maps":
-        return kind, survey.run(connection), lambda maps, _, __: _require(_sized(maps, SIZE))
-    return kind, survey.once(connection, one=False), lambda maps, _, __: _require(not _sized(maps, SIZE + 1))
+    once = kind == "once"
 
+    def judge_maps(maps: dict[str, ExtentMap], verdict: Verdict, _: bool) -> None:
+        verdict.maps(0, maps)
+        _require(all(0 < made.size <= SIZE if once else made.size == SIZE for made in maps.values()))
 
-def _all_given(line: Line) -> bool:
-    """Whether the pieces given by the last calls are what the disk holds."""
-    return all(data == pattern(offset, len(data)) for offset, data in line.given[-5:])
-
-
-def _sized(maps: dict[str, ExtentMap], size: int) -> bool:
-    return all(made.size >= size for made in maps.values())
+    return kind, survey.once(connection, one=False) if once else survey.run(connection), judge_maps
 
 
 def _require(truth: bool) -> None:
@@ -272,6 +248,8 @@ def run(count: int, seed: int, first: int = 0) -> dict[str, int]:
         try:
             if number % 500 == 7:
                 end = attack_empty(chance)
+            elif number % 5 == 3:
+                end = fuzz_nbd_recorded.attack(chance)
             else:
                 end = attack_handshake(chance) if number % 5 == 4 else attack(chance)
         except Exception as error:

@@ -125,12 +125,16 @@ class Script:
         flush: the same for FLUSH.
         read: the same for READ.
         others: the same for whatever else is asked.
-        cut: close after so many bytes sent.
+        cut: close after so many bytes sent to a client.
+        stall: fall silent after so many bytes sent to a client, until it closes its end.
         drip: send one byte at a time.
         extended: have extended headers.
         requests: what clients asked for in the transmission phase.
         payloads: what followed each of these.
         asked: which options clients sent.
+        sent: how many bytes were sent.
+        came: how many clients connected.
+        left: how many of them closed their end before we did.
     """
 
     greeting: bytes = field(default_factory=lambda: wire.Greeting.newstyle(3).pack())
@@ -144,11 +148,15 @@ class Script:
     read: Answer = honest_read
     others: Answer = lambda request, count: [acknowledged(request)]
     cut: int | None = None
+    stall: int | None = None
     drip: bool = False
     extended: bool = False
     requests: list[RequestHeader] = field(default_factory=list)
     payloads: list[bytes] = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
+    sent: int = 0
+    came: int = 0
+    left: int = 0
 
     def option(self, option: int, data: bytes) -> bytes:
         """Returns the reply to an option."""
@@ -171,17 +179,25 @@ class _Conversation:
     def __init__(self, script: Script, sock: socket.socket) -> None:
         self._script = script
         self._sock = sock
-        self._left = script.cut
+        self._sent = 0
         self._extended = False
 
     def serve(self) -> None:
-        with contextlib.suppress(OSError, EOFError):
+        try:
             if self._script.greeting:
                 self._send(self._script.greeting)
                 self._read(4)
                 self._haggle()
                 self._transmit()
-            self._read(1 << 30)  # silence: wait for the client to leave
+            self._be_silent()
+        except OSError:
+            self._script.left += 1
+        except EOFError:
+            pass  # the script ends it
+
+    def _be_silent(self) -> None:
+        """Waits for the client to leave."""
+        self._read(1 << 30)
 
     def _haggle(self) -> None:
         option = 0
@@ -191,7 +207,7 @@ class _Conversation:
             self._script.asked.append(option)
             self._extended |= option == Option.EXTENDED_HEADERS and self._script.extended
             if option == Option.ABORT:
-                raise EOFError
+                self._be_silent()
             self._send(self._script.option(option, data))
 
     def _transmit(self) -> None:
@@ -205,26 +221,30 @@ class _Conversation:
             script.payloads.append(payload)
             script.requests.append(request)
             if request.command == Command.DISC:
-                raise EOFError
+                self._be_silent()
             for data in answers.get(Command(request.command), script.others)(request, len(script.requests)):
                 self._send(data)
 
     def _send(self, data: bytes) -> None:
-        cut = self._left is not None and len(data) >= self._left
-        if cut:
-            data = data[: self._left]
-        for piece in (data[n : n + 1] for n in range(len(data))) if self._script.drip else (data,):
+        script = self._script
+        end = script.cut if script.stall is None else script.stall
+        over = end is not None and self._sent + len(data) >= end
+        if end is not None:
+            data = data[: end - self._sent]
+        for piece in (data[n : n + 1] for n in range(len(data))) if script.drip else (data,):
             self._sock.sendall(piece)
-        if cut:
+        self._sent += len(data)
+        script.sent += len(data)
+        if over and script.stall is not None:
+            self._be_silent()
+        if over:
             raise EOFError
-        if self._left is not None:
-            self._left -= len(data)
 
     def _read(self, count: int) -> bytes:
         data = b""
         while len(data) < count:
             if not (more := self._sock.recv(min(count - len(data), 65536))):
-                raise EOFError
+                raise ConnectionResetError
             data += more
         return data
 
@@ -241,6 +261,7 @@ def serving(folder: Path, script: Script) -> Iterator[str]:
             while True:
                 client, _ = listener.accept()
                 clients.append(client)
+                script.came += 1
                 with client:
                     _Conversation(script, client).serve()
 

@@ -37,7 +37,13 @@ class Line:
         self.requests: list[RequestHeader] = []
         self.payloads: list[bytes] = []
         self.incoming = bytearray(data)
+        self._told = bytearray(data)
         self.given: list[Any] = []
+
+    @property
+    def taken(self) -> bytes:
+        """All bytes received so far."""
+        return bytes(self._told[: len(self._told) - len(self.incoming)])
 
     def run(self, job: Job[_T]) -> _T:
         """Runs a program to its end."""
@@ -103,4 +109,6 @@ class Line:
             self.payloads.append(data[layout.size : end])
             data = data[end:]
             if self.tell is not None:
-                self.incoming += b"".join(self.tell(request))
+                told = b"".join(self.tell(request))
+                self.incoming += told
+                self._told += told

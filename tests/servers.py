@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 START_SECONDS = 20.0
 
 
@@ -46,6 +48,21 @@ def listening(path: Path) -> bool:
     accepting = "00010000"  # __SO_ACCEPTCON in the fourth column
     sockets = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
     return any(fields[3] == accepting and fields[7:] == [str(path)] for fields in sockets)
+
+
+def new_qemu_nbd() -> str:
+    """Returns a qemu-nbd with extended headers (8.2 or newer), or skips.
+
+    That is the one that QMPNBD_NEW_QEMU_NBD names, else the installed one, else what `scripts/get-qemu 10.0` unpacked.
+    """
+    unpacked = Path(__file__).resolve().parent.parent / ".work/qemu/10.0/bin/qemu-nbd"
+    named = os.environ.get("QMPNBD_NEW_QEMU_NBD")
+    for program in [named] if named else [tool("qemu-nbd"), str(unpacked)]:
+        if os.access(program, os.X_OK):
+            said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+            if tuple(int(part) for part in said.split()[1].split(".")[:2]) >= (8, 2):
+                return program
+    pytest.skip("no qemu-nbd with extended headers: scripts/get-qemu 10.0 unpacks one, QMPNBD_NEW_QEMU_NBD names one")
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from qmpnbd.nbd import client, constants, sockets, stepwise, survey, tls_socket, transfer
+from qmpnbd.nbd import client, constants, limits, sockets, stepwise, survey, tls_socket, transfer
 from qmpnbd.nbd.quirks import Quirk
 
 TESTS = Path(__file__).parent
 LINES = (TESTS.parent / "docs" / "nbd-support.md").read_text().splitlines()
 NAMED = re.compile(r"`(test_\w+)::(test_\w+)`")
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES if line.startswith("| ")]
+SECTIONS = dict(row for row in ROWS if len(row) == 2)
 FEATURES = [row for row in ROWS if len(row) == 5 and row[1] != "qmpnbd"]
 
 # As the specification calls them.
@@ -33,7 +34,7 @@ PREFIXES: dict[type[Enum], str] = {
 }
 LIMITS = {
     name: f"{value:.0f}" if isinstance(value, float) else str(value)
-    for module in (constants, sockets, client, stepwise, survey, transfer, tls_socket)
+    for module in (constants, limits, sockets, client, stepwise, survey, transfer, tls_socket)
     for name, value in vars(module).items()
     if name.startswith(("MAX_", "MOST_")) or name.endswith("_PATIENCE")
 }
@@ -74,6 +75,14 @@ def test_every_quirk_is_there() -> None:
 def test_every_limit_is_there_with_its_value() -> None:
     told = {row[0]: row[1].split()[0].replace(",", "") for row in ROWS if len(row) == 3}
     assert {name: told.get(name) for name in LIMITS} == LIMITS
+
+
+def test_every_section_of_the_specification_is_somewhere_below() -> None:
+    """Its 49 headings, by hand: whoever finds a new one there finds it a place here."""
+    headings = {line.removeprefix("## ") for line in LINES if line.startswith("## ")}
+    del SECTIONS["section"]
+    assert set(SECTIONS.values()) <= headings | {"nothing to do"}
+    assert len(SECTIONS) == 49
 
 
 def test_only_rows_of_tables_are_long() -> None:

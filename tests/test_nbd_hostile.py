@@ -234,24 +234,6 @@ def test_silence_in_the_middle(door: Door, folder: Path, said: bytes, after: typ
 
 
 @both_doors
-def test_a_connection_cut_at_any_byte(door: Door, folder: Path) -> None:
-    script = Script()
-    whole = 18 + 20 + (20 + 4 + 21) + (20 + 4 + 15) + 20 + (20 + 14) + (20 + 12) + 20 + 2 * (20 + 12)
-    for cut in range(whole):
-        script.cut = cut
-        with serving(folder, script) as uri:
-            try:
-                (outcome,) = door(uri, "maps")
-            except NbdDisconnectedError as error:
-                outcome = error
-        assert isinstance(outcome, NbdDisconnectedError), f"cut after {cut} bytes"
-        assert "disk" in outcome.where
-    script.cut = None
-    with serving(folder, script) as uri:
-        assert door(uri, "maps") == [HONEST]
-
-
-@both_doors
 def test_a_server_that_shuts_down(door: Door, folder: Path) -> None:
     script = Script(answer=lambda request, count: [failure(request.cookie, 108, b"bye")])
     with serving(folder, script) as uri:

@@ -139,22 +139,6 @@ def test_pieces_interleaved_and_out_of_order(door: Door, folder: Path, form: str
     assert read == pattern(0, 8 << 20)
 
 
-CUT = 18 + 2 * 20 + (20 + 14) + (20 + 12) + 20
-
-
-@both_doors
-def test_a_read_cut_at_any_byte(door: Door, folder: Path) -> None:
-    server = Script()
-    whole = CUT + 2 * 28 + 64
-    with serving(folder, server) as uri:
-        assert door(uri, ("read", 0, 64), contexts=()) == [pattern(0, 64)]
-    for cut in range(CUT, whole):
-        server.cut = cut
-        with serving(folder, server) as uri, contextlib.suppress(NbdDisconnectedError):
-            (outcome,) = door(uri, ("read", 0, 64), contexts=())
-            assert isinstance(outcome, NbdDisconnectedError), f"cut after {cut} bytes"
-
-
 @both_doors
 @both_forms
 @pytest.mark.parametrize("stall", [0, 4, 28, 31, 100])
@@ -382,6 +366,21 @@ def test_reads_go_on_after_losses_if_that_is_wanted(door: Door, folder: Path, fo
         assert door(uri, ("read", 0, 8 << 20), "maps", **again) == [pattern(0, 8 << 20), HONEST]
         (pieces,) = door(uri, ("chunks", [(0, 8 << 20)]), **again)
         assert sorted(pieces) == [(n * READ_PIECE, pattern(n * READ_PIECE, READ_PIECE)) for n in range(32)]
+
+
+@both_doors
+@pytest.mark.parametrize("call", [("read", 0, 512), "maps", ("chunks", [(0, 4096)])])
+@pytest.mark.parametrize("begun", [0, 4, 20, 30])
+def test_a_server_that_hangs_up_every_time_is_given_up(door: Door, folder: Path, call: Any, begun: int) -> None:
+    """It accepts and agrees to everything, so that each connection alone looks well."""
+    server = Script()
+    with serving(folder, server) as uri:
+        assert door(uri) == []
+    server = Script(cut=server.sent + begun)
+    with serving(folder, server) as uri:
+        (lost,) = door(uri, call, reconnect=Reconnect(attempts=3, delay=0.0))
+    assert isinstance(lost, NbdDisconnectedError)
+    assert server.came == 4
 
 
 @both_doors

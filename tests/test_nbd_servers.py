@@ -1,17 +1,9 @@
-"""Every command and flag against real servers that know it, through both doors.
-
-Extended headers need QEMU 8.2 or newer: where the installed qemu-nbd is older, QMPNBD_NEW_QEMU_NBD names one.
-"""
+"""Every command and flag against real servers that know it, through both doors."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,37 +17,11 @@ from qmpnbd.nbd.reconnect import Reconnect
 from qmpnbd.nbd.uri import NbdUri
 from tests.hostile_nbd import BASE, DEPTH, pattern
 from tests.nbd_doors import Door, both_doors
-from tests.servers import listening, process, qemu_img, qemu_io, storage_daemon, tool, wait_until
+from tests.nbd_servers import nbdkit, qemu_nbd
+from tests.servers import new_qemu_nbd, qemu_img, qemu_io, storage_daemon
 
 pytestmark = pytest.mark.real
 SIZE = 16 << 20
-
-
-@contextlib.contextmanager
-def server(folder: Path, *command: str, name: str = "s") -> Iterator[NbdUri]:
-    path = folder / name
-    with process(command, folder / f"{name}.log") as child:
-        wait_until(lambda: listening(path) or child.poll() is not None, command[0])
-        assert child.poll() is None, (folder / f"{name}.log").read_text()
-        yield NbdUri.unix(str(path))
-
-
-def qemu_nbd(folder: Path, *arguments: str, program: str | None = None) -> contextlib.AbstractContextManager[NbdUri]:
-    return server(folder, program or tool("qemu-nbd"), "-k", str(folder / "s"), "-t", "-e", "0", *arguments)
-
-
-def nbdkit(folder: Path, *arguments: str) -> contextlib.AbstractContextManager[NbdUri]:
-    return server(folder, tool("nbdkit"), "-f", "-U", str(folder / "s"), *arguments)
-
-
-def new_qemu_nbd() -> str:
-    """Returns a qemu-nbd with extended headers, or skips."""
-    program = os.environ.get("QMPNBD_NEW_QEMU_NBD") or shutil.which("qemu-nbd") or ""
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
-    version = tuple(int(part) for part in said.split()[1].split(".")[:2])
-    if version < (8, 2):
-        pytest.skip(f"qemu-nbd {'.'.join(map(str, version))} has no extended headers (QMPNBD_NEW_QEMU_NBD)")
-    return program
 
 
 def disk(folder: Path, form: str = "raw") -> Path:

@@ -16,10 +16,11 @@ from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.connection import Connection, State
 from qmpnbd.nbd.constants import CommandFlag, TransmissionFlag
 from qmpnbd.nbd.export import Export
+from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.requests import Give, Wait
-from qmpnbd.nbd.survey import FIRST_SPAN, IN_FLIGHT, Limits, Survey
+from qmpnbd.nbd.survey import FIRST_SPAN, IN_FLIGHT, Survey
 from qmpnbd.nbd.wire import Send
 from tests.hostile_nbd import BASE, DEPTH, Extents, To, chunk, failure, honest, status
 from tests.nbd_line import Line
@@ -35,7 +36,7 @@ def connected(size: int, block: int = 1, contexts: dict[str, int] | None = None)
 
 
 def converse(
-    connection: Connection, tell: Tell, limits: Limits | None = None, offset: int = 0, length: int | None = None
+    connection: Connection, tell: Tell, limits: Limits = DEFAULT_LIMITS, offset: int = 0, length: int | None = None
 ) -> tuple[dict[str, ExtentMap], int]:
     """Answers a survey's requests; returns the maps and the number of requests."""
     export = connection.export

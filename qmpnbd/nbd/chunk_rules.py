@@ -23,8 +23,14 @@ _REMEDIES: Final[dict[int, str]] = {
 }
 
 
-def header_fault(header: ChunkHeader, request: Request, replies: Replies) -> str | None:
+def header_fault(header: ChunkHeader, request: Request, replies: Replies, memory: int) -> str | None:
     """Judges type and length of a chunk before its payload is received ("Structured reply types").
+
+    Args:
+        header: of the chunk.
+        request: what it answers.
+        replies: the form that was agreed on.
+        memory: bytes of a payload that there is room for, if it is no data.
 
     Returns:
         What is wrong; None if it may be what it says.
@@ -44,7 +50,8 @@ def header_fault(header: ChunkHeader, request: Request, replies: Replies) -> str
         head, each = (messages.STATUS_EXT.size, 16) if replies == "extended" else (messages.STATUS.size, 8)
         entries, left = divmod(length - head, each)
         # Each extent has a byte at least; one past the end is a fault that a caller may choose to bear.
-        fits = left == 0 and 1 <= entries <= min(constants.MAX_STATUS_EXTENTS, request.length + 1)
+        most = min(constants.MAX_STATUS_EXTENTS, request.length + 1, memory // each)
+        fits = left == 0 and 1 <= entries <= most
     else:
         return f"a chunk of type {kind} in reply to {request}, which answers nothing that was asked"
     return None if fits else f"a chunk of type {kind:#x} with {length} bytes in reply to {request}"

@@ -29,13 +29,14 @@ from qmpnbd.nbd import commands, transfer
 from qmpnbd.nbd.connection import Connection, State
 from qmpnbd.nbd.export import Export, Replies
 from qmpnbd.nbd.handshake import handshake
+from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.policy import UriPolicy, admitted
 from qmpnbd.nbd.quirks import Quirk
-from qmpnbd.nbd.reconnect import Reconnect, Statistics, require_same
+from qmpnbd.nbd.reconnect import Losses, Reconnect, Statistics, require_same
 from qmpnbd.nbd.requests import Job
 from qmpnbd.nbd.runner import Runner
 from qmpnbd.nbd.sockets import Stream, drive, open_stream
-from qmpnbd.nbd.survey import Limits, Survey
+from qmpnbd.nbd.survey import Survey
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.uri import NbdUri
 
@@ -54,17 +55,18 @@ class _Address:
     contexts: Sequence[str]
     best: Replies
     request_seconds: float | None
+    limits: Limits
 
     def open(self, deadline: Deadline) -> Runner:
         where = str(self.uri)
         stream = open_stream(self.uri, deadline, where)
         try:
-            program = handshake(self.uri.export, self.contexts, where, self.tls, self.best)
+            program = handshake(self.uri.export, self.contexts, where, self.tls, self.best, limits=self.limits)
             export = drive(program, stream, deadline)
         except BaseException:
             stream.close()
             raise
-        return Runner(stream, Connection(export, where), self.request_seconds)
+        return Runner(stream, Connection(export, where, self.limits), self.request_seconds)
 
 
 class Client:
@@ -86,13 +88,20 @@ class Client:
     """
 
     def __init__(
-        self, address: _Address | None, runner: Runner, reconnect: Reconnect | None, lenient: frozenset[Quirk]
+        self,
+        address: _Address | None,
+        runner: Runner,
+        reconnect: Reconnect | None,
+        lenient: frozenset[Quirk],
+        limits: Limits,
     ) -> None:
         self._address = address
         self._runner = runner
         self._reconnect = reconnect
         self._lenient = lenient
+        self._limits = limits
         self._past = Statistics()
+        self._losses = Losses()
         self.where = runner.connection.where
 
     @classmethod
@@ -108,6 +117,7 @@ class Client:
         request_seconds: float | None = None,
         reconnect: Reconnect | None = None,
         lenient: frozenset[Quirk] = frozenset(),
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Self:
         """Connects and agrees on an export ("Handshake phase" of doc/proto.md).
 
@@ -122,6 +132,7 @@ class Client:
                 long as the call has.
             reconnect: how to go on with what reads after the connection was lost; None to tell the loss.
             lenient: which known faults of servers to bear; none by default.
+            limits: how much the server may make us do and hold.
 
         Raises:
             UsageError: the URI or a name cannot be right.
@@ -135,13 +146,13 @@ class Client:
             NbdDisconnectedError: the server ended the connection.
         """
         parsed, encrypted = admitted(uri, tls, policy)
-        address = _Address(parsed, encrypted, contexts, best, request_seconds)
-        return cls(address, address.open(deadline or Deadline(None)), reconnect, lenient)
+        address = _Address(parsed, encrypted, contexts, best, request_seconds, limits)
+        return cls(address, address.open(deadline or Deadline(None)), reconnect, lenient, limits)
 
     @classmethod
-    def agreed(cls, stream: Stream, export: Export, where: str) -> Self:
+    def agreed(cls, stream: Stream, export: Export, where: str, limits: Limits) -> Self:
         """Makes a client of a stream on which an export was agreed already."""
-        return cls(None, Runner(stream, Connection(export, where), None), None, frozenset())
+        return cls(None, Runner(stream, Connection(export, where, limits), None), None, frozenset(), limits)
 
     @property
     def export(self) -> Export:
@@ -320,7 +331,7 @@ class Client:
             length: bytes; None for all the rest.
             contexts: some of those named when connecting; None for all of them.
             deadline: how long it may take.
-            limits: how much the server may make us collect.
+            limits: how much the server may make us do and hold, in place of what was said when connecting.
 
         Returns:
             For each context a map of exactly `length` bytes, whose byte 0 is the one at `offset`.
@@ -328,9 +339,7 @@ class Client:
         Raises:
             NbdUnsupportedError: more extents than `limits` allows.
         """
-        survey = Survey(
-            self.export, self.where, offset, length, contexts=contexts, limits=limits, lenient=self._lenient
-        )
+        survey = self._survey(offset, length, contexts, limits or self._limits)
         return self._read(survey.run, deadline)
 
     def block_status(
@@ -355,7 +364,7 @@ class Client:
             For each context a map that begins at `offset`. It may be shorter than `length`, and the maps may differ in
             length.
         """
-        survey = Survey(self.export, self.where, offset, length, contexts=contexts, lenient=self._lenient)
+        survey = self._survey(offset, length, contexts, self._limits)
         return self._run(lambda connection: survey.once(connection, one=one), deadline)
 
     def close(self) -> None:
@@ -372,6 +381,9 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _survey(self, offset: int, length: int | None, contexts: Collection[str] | None, limits: Limits) -> Survey:
+        return Survey(self.export, self.where, offset, length, contexts=contexts, limits=limits, lenient=self._lenient)
 
     def _run(self, begin: Callable[[Connection], Job[_T]], deadline: Deadline | None) -> _T:
         """Runs what must not be done twice."""
@@ -393,6 +405,7 @@ class Client:
             raise error
         if self._runner is not lost:
             return
+        self._losses.book(self._reconnect, lost.connection.answered, error)
         clock, failure = deadline or Deadline(None), error
         for _ in range(self._reconnect.attempts):
             left = clock.remaining("the next try to connect again", self.where)

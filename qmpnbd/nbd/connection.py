@@ -28,6 +28,7 @@ from qmpnbd.nbd import constants, messages, whole_reads
 from qmpnbd.nbd.chunk_rules import header_fault, request_failed, unpack_failure
 from qmpnbd.nbd.constants import ChunkFlag, ChunkType, Command, CommandFlag, WireError
 from qmpnbd.nbd.export import Export
+from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.messages import ChunkHeader, SimpleReply, pack_request
 from qmpnbd.nbd.requests import (
     NOWHERE,
@@ -72,17 +73,21 @@ class Connection:
     Args:
         export: what was agreed.
         where: server and export, for messages.
+        limits: how much the server may answer.
 
     Attributes:
         requests: how many were made.
         messages: how many were received.
+        answered: how many requests, or many at once, got all of their answer.
     """
 
-    def __init__(self, export: Export, where: str) -> None:
+    def __init__(self, export: Export, where: str, limits: Limits = DEFAULT_LIMITS) -> None:
         self.export = export
         self.where = where
         self.requests = 0
         self.messages = 0
+        self.answered = 0
+        self._limits = limits
         self._extended = export.replies == "extended"
         self._state = State.OPEN
         self._pending: dict[int, Request] = {}
@@ -176,7 +181,7 @@ class Connection:
             raise NbdDisconnectedError(f"{constants.MAX_PENDING} requests were not answered", where=self.where)
         self._last_cookie += 1
         self.requests += 1
-        most = constants.MAX_EXTRA_CHUNKS
+        most = self._limits.extra_chunks
         if command == Command.READ:
             most += length // constants.SECTOR + 2  # and two at unaligned ends
             self._look = self._look_near if length >= whole_reads.LARGE else self._look_far
@@ -291,7 +296,7 @@ class Connection:
         request = self._request(header.cookie)
         if self._extended and header.offset != request.offset:
             raise self.violation(f"a chunk that tells the offset {header.offset:#x} in reply to {request}")
-        if fault := header_fault(header, request, self.export.replies):
+        if fault := header_fault(header, request, self.export.replies, self._limits.memory):
             raise self.violation(fault)
         if header.type == ChunkType.OFFSET_DATA:
             start = messages.OFFSET.unpack((yield Receive(messages.OFFSET.size, due)))[0]
@@ -316,6 +321,7 @@ class Connection:
         for volley in self._volleys:
             if taken := volley.take(arrived):
                 self.messages += 1
+                self.answered += 1
                 if not volley.open:
                     self._end_volley(volley)
                 return taken
@@ -410,6 +416,7 @@ class Connection:
         if request is None:
             return
         request.sink.done(request)
+        self.answered += 1
         del self._pending[cookie]
         request.sink = NOWHERE
         self._finished[cookie] = request

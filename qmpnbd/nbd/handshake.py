@@ -27,13 +27,20 @@ from collections.abc import Sequence
 
 from qmpnbd.errors import NbdError, UsageError
 from qmpnbd.nbd.export import Export, Replies, name_to_wire
+from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.negotiation import Haggling
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.wire import Program
 
 
 def handshake(
-    name: str, contexts: Sequence[str], where: str, tls: Tls | None = None, best: Replies = "extended"
+    name: str,
+    contexts: Sequence[str],
+    where: str,
+    tls: Tls | None = None,
+    best: Replies = "extended",
+    *,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Program[Export]:
     """Agrees with a server on an export and its metadata contexts; the transmission phase follows.
 
@@ -43,6 +50,7 @@ def handshake(
         where: server and export, for messages.
         tls: how to encrypt; None for not at all.
         best: the form of replies not to be exceeded.
+        limits: how much the server may answer.
 
     Returns:
         The export as agreed.
@@ -60,7 +68,7 @@ def handshake(
         raise UsageError(f"contexts is one text ({contexts!r}), not a sequence of names", where=where)
     for what, text in [("the export name", name), *(("a context name", context) for context in contexts)]:
         name_to_wire(what, text, where)  # before anything is said
-    haggling = Haggling(where)
+    haggling = Haggling(where, limits)
     try:
         yield from haggling.begin(tls, best)
         if contexts:

@@ -39,6 +39,7 @@ from qmpnbd.nbd.export import (
     name_to_wire,
 )
 from qmpnbd.nbd.greeting import Greeted, greet
+from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.options import Options, Phase
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.wire import Program, Receive, Received, StartTls
@@ -58,19 +59,22 @@ class Haggling:
 
     Args:
         where: the server, for messages.
+        limits: how much the server may answer.
 
     Attributes:
         style: of the negotiation; known after `begin`.
         tls: whether the connection is encrypted.
         replies: the form of replies agreed on.
+        limits: as given.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, limits: Limits = DEFAULT_LIMITS) -> None:
         self.where = where
+        self.limits = limits
         self.tls = False
         self.replies: Replies = "simple"
         self._greeted: Greeted | None = None
-        self._options = Options(where)
+        self._options = Options(where, limits)
         self._selected: tuple[str, dict[str, int]] | None = None
 
     @property

@@ -27,6 +27,7 @@ from qmpnbd.errors import (
 )
 from qmpnbd.nbd import constants, wire
 from qmpnbd.nbd.constants import Option, OptionReplyType
+from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.wire import Program, Receive, Received, Send
 
 
@@ -62,16 +63,19 @@ class Options:
 
     Args:
         where: server and export, for messages.
+        limits: how much the server may answer.
 
     Attributes:
         phase: what may be said next.
         untried_tls: TLS was agreed and nothing has come over it yet.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, limits: Limits = DEFAULT_LIMITS) -> None:
         self.phase = Phase.READY
         self.untried_tls = False
         self._where = where
+        self._limits = limits
+        self._held = 0
 
     def ask(self, option: Option, data: bytes = b"") -> Program[None]:
         """Sends an option.
@@ -85,6 +89,7 @@ class Options:
         if self.phase is Phase.ASKED:
             raise NbdDisconnectedError("the connection was lost before", where=self._where)
         self.phase = Phase.ASKED
+        self._held = 0
         try:
             yield Send(wire.OptionRequest(option, data).pack())
         except NbdDisconnectedError:
@@ -96,7 +101,7 @@ class Options:
         """Reads one reply ("Fixed newstyle negotiation").
 
         Raises:
-            NbdProtocolError: it is not one, or not to this option, or longer than any.
+            NbdProtocolError: it is not one, or not to this option, or longer than any, or more than the limits allow.
         """
         what = f"the reply to NBD_OPT_{option.name}"
         header = wire.OptionReplyHeader.unpack((yield from self._receive(wire.OptionReplyHeader.LAYOUT.size, what)))
@@ -108,6 +113,14 @@ class Options:
             raise NbdProtocolError(
                 f"{what} has {header.length} bytes, more than {constants.MAX_OPTION_REPLY} are never needed",
                 where=self._where,
+            )
+        self._held += header.length
+        if self._held > self._limits.memory:
+            raise NbdProtocolError(
+                f"the replies to NBD_OPT_{option.name} have {self._held} bytes or more, and {self._limits.memory} are"
+                " allowed",
+                where=self._where,
+                remedy="Allow more memory.",
             )
         data: Received = (yield from self._receive(header.length, what)) if header.length else b""
         return OptionReply(header.type, data)
@@ -121,7 +134,7 @@ class Options:
             option: what was asked.
             kind: the kind of which there may be several.
             take: is given the data of each as it comes, so that the first wrong one is the last.
-            most: how many at most.
+            most: how many at most, if the limits allow so many.
 
         Returns:
             The reply after them.
@@ -129,6 +142,7 @@ class Options:
         Raises:
             NbdProtocolError: there are more.
         """
+        most = min(most, self._limits.option_replies)
         for _ in range(most + 1):
             reply = yield from self.reply(option)
             if reply.type != kind:

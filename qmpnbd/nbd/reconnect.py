@@ -14,12 +14,36 @@ class Reconnect:
     """How to go on after a lost connection. Only what reads is done again, never what writes.
 
     Attributes:
-        attempts: so often a connection is tried before the loss is told.
+        attempts: so often a connection is tried before the loss is told; and so many connections in a row may be lost
+            without an answer.
         delay: seconds before each of them.
     """
 
     attempts: int = 3
     delay: float = 0.5
+
+
+class Losses:
+    """Counts the connections lost in a row without an answer: a server may accept, and hang up, for ever."""
+
+    def __init__(self) -> None:
+        self._in_vain = 0
+
+    def book(self, reconnect: Reconnect, answered: int, error: NbdDisconnectedError) -> None:
+        """Books a loss.
+
+        Args:
+            reconnect: how many are borne.
+            answered: how many requests the lost connection had got all of their answer to.
+            error: the loss.
+
+        Raises:
+            NbdDisconnectedError: it is one too many; later calls begin to count again.
+        """
+        self._in_vain = 0 if answered else self._in_vain + 1
+        if self._in_vain > reconnect.attempts:
+            self._in_vain = 0
+            raise error
 
 
 def require_same(before: Export, now: Export, where: str) -> None:

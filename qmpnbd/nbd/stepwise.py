@@ -25,6 +25,7 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.errors import QmpnbdError, UsageError
 from qmpnbd.nbd.client import Client
 from qmpnbd.nbd.export import ExportInfo, Replies
+from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.negotiation import Haggling
 from qmpnbd.nbd.policy import UriPolicy, admitted
 from qmpnbd.nbd.sockets import Stream, drive, open_stream
@@ -66,6 +67,7 @@ class Negotiation:
         policy: UriPolicy | None = None,
         deadline: Deadline | None = None,
         best: Replies = "extended",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Self:
         """Connects, changes to TLS if it is wanted, and agrees on the form of replies.
 
@@ -75,6 +77,7 @@ class Negotiation:
             policy: what the URI may ask for; by default everything but files of this machine.
             deadline: how long it may take. The greeting alone never takes more than 10 s.
             best: the form of replies not to be exceeded.
+            limits: how much the server may make us do and hold, here and when an export was chosen.
 
         Raises:
             UsageError: the URI or the parameters of TLS cannot be right, or the URI asks for what is not allowed.
@@ -88,7 +91,7 @@ class Negotiation:
         """
         parsed, secure = admitted(uri, tls, policy)
         where, deadline = str(parsed), deadline or Deadline(None)
-        negotiation = cls(open_stream(parsed, deadline, where), Haggling(where), parsed)
+        negotiation = cls(open_stream(parsed, deadline, where), Haggling(where, limits), parsed)
         try:
             negotiation._run(negotiation._haggling.begin(secure, best), deadline)
         except BaseException:
@@ -170,7 +173,7 @@ class Negotiation:
         """
         chosen = self._run(self._haggling.go(export), deadline)
         self._given_away = True
-        return Client.agreed(self._stream, chosen, where_of(self.uri, export))
+        return Client.agreed(self._stream, chosen, where_of(self.uri, export), self._haggling.limits)
 
     def abort(self) -> None:
         """Takes leave and closes, unless an export was chosen; never fails, and may be called again."""

@@ -21,17 +21,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from qmpnbd.errors import UsageError
 from qmpnbd.extents import ExtentMap
-from qmpnbd.nbd import constants
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import SECTOR, Command, CommandFlag, TransmissionFlag
 from qmpnbd.nbd.export import Export
+from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.messages import pack_status_filter
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.ranges import aligned_range, longest_effect
@@ -39,13 +38,6 @@ from qmpnbd.nbd.requests import Batch, Due, Job, Request, Wait
 from qmpnbd.nbd.survey_reply import Reply, Span, Terms
 from qmpnbd.nbd.survey_volley import EmptyVolley
 from qmpnbd.nbd.wire import Send
-
-MAX_EXTENTS = 2**25
-"""Extents of all contexts together. 2 TiB, data and holes alternating every 64 KiB, has so many; they need 400 MiB."""
-
-MAX_SHORT_REPLIES = 2**17
-"""Replies that stop before the end of what was asked. QEMU needs 256 of them for MAX_EXTENTS; a server that tells one
-extent at a time, as it may, comes to 131,072 extents in about ten seconds."""
 
 IN_FLIGHT: Final = 16
 """Requests in flight. QEMU works on so many of one connection at a time."""
@@ -61,19 +53,6 @@ _VOLLEYS: Final = 2  # one is answered while the next one is on its way
 _GRACE: Final = 1024
 """No disk has a status for less than a sector ("NBD_CMD_BLOCK_STATUS": lengths SHOULD be multiples of 512), so a
 server that needs more replies than there are sectors, plus some for unaligned ends, is not getting anywhere."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a server may make us do.
-
-    Attributes:
-        extents: at most so many in all.
-        short_replies: at most so many replies that stop early.
-    """
-
-    extents: int = MAX_EXTENTS
-    short_replies: int = MAX_SHORT_REPLIES
 
 
 class Survey:
@@ -99,12 +78,11 @@ class Survey:
         length: int | None = None,
         *,
         contexts: Collection[str] | None = None,
-        limits: Limits | None = None,
+        limits: Limits = DEFAULT_LIMITS,
         lenient: frozenset[Quirk] = frozenset(),
     ) -> None:
         self.names = _chosen(export, contexts, where)
-        limits = limits or Limits()
-        self._terms = Terms(where, export.size, lenient, limits.extents)
+        self._terms = Terms(where, export.size, lenient, limits.affordable_extents)
         self._where = where
         self._asked = offset, (export.size - offset if length is None else length)
         self._next, self._end = aligned_range(export, *self._asked, where)
@@ -117,6 +95,7 @@ class Survey:
         self._short = 0
         self._empty = False
         self._volleys: dict[Request, EmptyVolley] = {}
+        self._limits = limits
         self._most_short = min(limits.short_replies, _GRACE + export.size // SECTOR)
 
     def run(self, connection: Connection) -> Job[dict[str, ExtentMap]]:
@@ -212,7 +191,7 @@ class Survey:
         def alone(span: Span) -> Request:
             self._spans.append(span)
             reply = self._reply(connection, span, span.start, export.contexts)
-            most = constants.MAX_EXTRA_CHUNKS + 1
+            most = self._limits.extra_chunks + 1
             return Request(Command.BLOCK_STATUS, span.start, span.end - span.start, batch, reply, most)
 
         bounds = list(range(self._next, self._next + (_VOLLEY + 1) * self._longest, self._longest))
