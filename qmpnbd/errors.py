@@ -10,10 +10,13 @@
     │   ├── NotAMonitorError         11  something answers, but it does not speak QMP
     │   ├── MonitorSilentError       12  no greeting: another client holds the monitor, or QEMU is stopped
     │   ├── MonitorLostError         13  the connection ended; what a pending command did is unknown
+    │   │   ├── OutcomeUnknownError  13  a command that changes something was under way: ask before doing it again
+    │   │   └── ReplyTooLongError    13  a reply that nothing of sense can need; the connection is given up
     │   ├── CommandFailedError       14  QEMU refused a command
     │   ├── UnsafeOperationError     15  QEMU would do it, and the guest could be hurt
     │   ├── LeftBehindError          16  done, but something of ours could not be taken down
-    │   └── InterferenceError        17  somebody else changed the block graph or our export meanwhile
+    │   ├── InterferenceError        17  somebody else changed the block graph or our export meanwhile
+    │   └── CapabilityError          18  this QEMU cannot do it
     ├── DiskError
     │   ├── NoSuchDiskError          20  no disk of that name
     │   ├── DiskNotLocalError        21  the disk is not made of files that can be read here
@@ -109,6 +112,28 @@ class MonitorLostError(MonitorError):
     exit_code = 13
 
 
+class OutcomeUnknownError(MonitorLostError):
+    """The connection ended during a command that changes something: it must not be repeated before QEMU was asked.
+
+    Attributes:
+        command: the QMP command.
+        asks: what to ask, over a new connection, to learn whether it was carried out.
+    """
+
+    def __init__(self, command: str, asks: tuple[str, ...], why: str, *, where: str) -> None:
+        super().__init__(
+            f"{why} during {command}; whether QEMU carried it out is unknown",
+            where=where,
+            remedy=f"See whether QEMU still runs, and before doing it again ask: {', '.join(asks)}.",
+        )
+        self.command = command
+        self.asks = asks
+
+
+class ReplyTooLongError(MonitorLostError):
+    """The reply to a command was longer than any that is asked for here, and the connection had to be given up."""
+
+
 class CommandFailedError(MonitorError):
     """QEMU refused a command.
 
@@ -143,6 +168,20 @@ class InterferenceError(MonitorError):
     """Somebody else changed the block graph or an export of ours meanwhile."""
 
     exit_code = 17
+
+
+class CapabilityError(MonitorError):
+    """This QEMU cannot do it: it is too old, or was built without it.
+
+    Attributes:
+        capability: the name, as in the table of docs/controller.md.
+    """
+
+    exit_code = 18
+
+    def __init__(self, what: str, *, where: str, capability: str, remedy: str) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.capability = capability
 
 
 class DiskError(QmpnbdError):

@@ -331,6 +331,9 @@ def test_a_monitor_that_another_client_holds(guest: Server) -> None:
         ["disks", "--qmp", "x", "--timeout", "nan"],
         ["validate", "--qmp", "x", "--rounds", "x"],
         ["disks", "--qm", "x"],
+        ["disks", "--qmp", "x", "--domain", "vm"],
+        ["graph", "--libvirt", "qemu:///system"],
+        ["graph", "--qmp", "x", "--json", "--svg"],
     ],
 )
 def test_usage(arguments: list[str]) -> None:

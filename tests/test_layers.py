@@ -16,6 +16,7 @@ MODULES = sorted((ROOT / "qmpnbd").rglob("*.py"))
 
 DOORS = {"nbd.client", "nbd.aio", "nbd.runner", "nbd.aio_runner", "nbd.channel", "nbd.sockets", "nbd.aio_sockets"}
 DOORS |= {"nbd.tls_socket", "nbd.stepwise", "nbd.aio_stepwise"}
+DOORS |= {"qmp.transport", "qmp.direct", "qmp.dialling", "qmp.libvirt"}
 DOORS |= {"qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.bitmaps", "qmp.recover"}
 DOORS |= {"qmp.teardown", "qmp.process", "qmp.rundir"}
 DOORS |= {"images.files", "images.layers", "images.hostfile", "images.qcow2_file"}

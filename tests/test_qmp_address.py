@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qmpnbd.errors import UsageError
-from qmpnbd.qmp.address import MonitorAddress, TcpAddress, UnixAddress, parse_address
+from qmpnbd.qmp.address import FdAddress, MonitorAddress, TcpAddress, UnixAddress, parse_address
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ from qmpnbd.qmp.address import MonitorAddress, TcpAddress, UnixAddress, parse_ad
         ("localhost:4444", TcpAddress("localhost", 4444)),
         ("tcp:127.0.0.1:4444", TcpAddress("127.0.0.1", 4444)),
         ("[::1]:4444", TcpAddress("::1", 4444)),
+        ("fd:3", FdAddress(3)),
+        ("./fd:3", UnixAddress("./fd:3")),
     ],
 )
 def test_addresses(text: str, address: MonitorAddress) -> None:
@@ -26,7 +28,23 @@ def test_addresses(text: str, address: MonitorAddress) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "unix:", "tcp:", "host:", ":1", "host:0", "host:65536", "host:x", "host:¹", "x" * 108]
+    "text",
+    [
+        "",
+        "unix:",
+        "tcp:",
+        "host:",
+        ":1",
+        "host:0",
+        "host:65536",
+        "host:x",
+        "host:¹",
+        "fd:",
+        "fd:-1",
+        "fd:x",
+        "fd:99999999999",
+        "x" * 108,
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -139,7 +139,9 @@ def test_what_is_not_known_for_certain_is_refused(nodes: tuple[Node, ...], error
 
 def info(name: str | None) -> BlockDeviceInfo:
     image = {"filename": f"/images/{name}", "format": "raw", "virtual-size": 512}
-    return BlockDeviceInfo.model_validate({"node-name": name, "drv": "raw", "ro": False, "image": image})
+    return BlockDeviceInfo.model_validate(
+        {"node-name": name, "drv": "raw", "ro": False, "image": image, "write_threshold": 0}
+    )
 
 
 def reply() -> GraphReply:
@@ -165,7 +167,7 @@ def test_build_graph_joins_nodes_and_edges() -> None:
 
 
 def block(qdev: str | None, node_name: str | None) -> BlockInfo:
-    return BlockInfo(qdev=qdev, inserted=info(node_name) if node_name else None)
+    return BlockInfo(device="", qdev=qdev, inserted=info(node_name) if node_name else None)
 
 
 def test_disks_are_devices_and_never_drives_without_one() -> None:

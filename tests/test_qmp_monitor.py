@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -18,20 +19,28 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.errors import (
     CommandFailedError,
     DeadlineError,
+    InterferenceError,
     MonitorConnectError,
     MonitorLostError,
     MonitorSilentError,
     NotAMonitorError,
+    OutcomeUnknownError,
     QmpnbdError,
+    ReplyTooLongError,
+    UsageError,
 )
-from qmpnbd.qmp import monitor as monitor_module
+from qmpnbd.qmp import direct
 from qmpnbd.qmp.inventory import guest_status
 from qmpnbd.qmp.monitor import Monitor, finish
-from tests.servers import qemu, storage_daemon
+from qmpnbd.qmp.process import peer_of
+from tests.qemu_versions import QemuBinaries, each_qemu
+from tests.servers import qemu, storage_daemon, wait_until
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 9}, "package": ""}, "capabilities": []}}\r\n'
 )
+OK = b'{"return": {}}\r\n'
+VERSION = b'{"return": {"qemu": {"major": 9, "minor": 0, "micro": 0}, "package": ""}, "id": "@id"}\r\n'
 
 
 @contextlib.contextmanager
@@ -81,8 +90,8 @@ def connect(path: Path | str, seconds: float = 20, use: Callable[[Monitor], Awai
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor_module, "GREETING_SECONDS", 0.3)
-    monkeypatch.setattr(monitor_module, "CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr(direct, "GREETING_SECONDS", 0.3)
+    monkeypatch.setattr(direct, "CLOSE_SECONDS", 0.3)
 
 
 def test_no_such_socket(folder: Path) -> None:
@@ -122,7 +131,7 @@ def test_what_is_no_monitor(folder: Path, said: bytes | None) -> None:
 def test_a_reply_of_another_shape(folder: Path) -> None:
     version = b'{"return": {"qemu": {"major": "x"}}, "id": "@id"}\r\n'
     with (
-        scripted(folder, GREETING, b'{"return": {}}\r\n', version) as path,
+        scripted(folder, GREETING, OK, version) as path,
         pytest.raises(NotAMonitorError, match=r"query-version: qemu\.major"),
     ):
         connect(path)
@@ -163,7 +172,7 @@ def test_negotiation_that_is_never_answered(folder: Path) -> None:
 
 def test_hanging_up_during_a_command(folder: Path) -> None:
     with (
-        scripted(folder, GREETING, b'{"return": {}}\r\n', None) as path,
+        scripted(folder, GREETING, OK, None) as path,
         pytest.raises(MonitorLostError, match="query-version"),
     ):
         connect(path)
@@ -185,7 +194,7 @@ def test_a_real_monitor_taken_by_another_client() -> None:
 
 @pytest.mark.real
 def test_a_stopped_qemu_is_not_waited_for_beyond_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor_module, "CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr(direct, "CLOSE_SECONDS", 0.3)
     with storage_daemon() as server:
 
         async def stopped(monitor: Monitor) -> None:
@@ -243,6 +252,202 @@ def test_tcp_and_the_peer(folder: Path) -> None:
         assert connect(f"127.0.0.1:{port}", use=peer) == (True, None, None)
         assert connect(f"localhost:{port}", use=peer) == (True, None, None)
         assert connect(server.qmp, use=peer) == (True, server.pid, str(folder))
+
+
+@pytest.mark.real
+def test_a_command_lost_on_its_way_says_what_to_ask_and_is_not_repeated() -> None:
+    with storage_daemon() as server:
+
+        async def lost(monitor: Monitor) -> None:
+            os.kill(server.pid, signal.SIGSTOP)
+            command = asyncio.ensure_future(monitor.execute("block-export-del", {"id": "x"}, deadline=Deadline(20)))
+            os.kill(server.pid, signal.SIGKILL)
+            with pytest.raises(OutcomeUnknownError, match="whether QEMU carried it out is unknown") as caught:
+                await command
+            assert (caught.value.command, caught.value.asks) == ("block-export-del", ("query-block-exports",))
+            with pytest.raises(MonitorConnectError):
+                await monitor.reconnect(Deadline(20))
+
+        connect(server.qmp, use=lost)
+
+
+def test_a_lost_query_needs_no_asking(folder: Path) -> None:
+    with scripted(folder, GREETING, OK, VERSION, None) as path:
+
+        async def asks(monitor: Monitor) -> None:
+            with pytest.raises(MonitorLostError, match="ended during query-block") as caught:
+                await monitor.execute("query-block", deadline=Deadline(20))
+            assert not isinstance(caught.value, OutcomeUnknownError)
+
+        connect(path, use=asks)
+
+
+@pytest.mark.real
+def test_what_ran_out_of_time_may_be_carried_out_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "CLOSE_SECONDS", 0.3)
+    with storage_daemon() as server:
+
+        async def late(monitor: Monitor) -> None:
+            node = {"driver": "null-co", "node-name": "n"}
+            os.kill(server.pid, signal.SIGSTOP)
+            with pytest.raises(DeadlineError, match="before doing it again, ask query-named-block-nodes"):
+                await monitor.execute("blockdev-add", node, deadline=Deadline(0.3))
+            os.kill(server.pid, signal.SIGCONT)
+            wait_until(lambda: server.nodes() == ["n"], "the node")
+            await monitor.execute("blockdev-del", {"node-name": "n"}, deadline=Deadline(20))
+
+        connect(server.qmp, use=late)
+
+
+@pytest.mark.real
+def test_reconnecting_finds_the_same_qemu_and_ends_old_events() -> None:
+    with storage_daemon() as server:
+
+        async def again(monitor: Monitor) -> None:
+            with monitor.events("BLOCK_EXPORT_DELETED") as old:
+                await monitor.reconnect(Deadline(20))
+                with pytest.raises(MonitorLostError, match="while waiting for an event"):
+                    await monitor.next_event(old, "an event", Deadline(20))
+            assert await monitor.execute("query-block-exports", deadline=Deadline(20)) == []
+
+        connect(server.qmp, use=again)
+
+
+@pytest.mark.real
+def test_reconnecting_to_another_qemu_is_told(folder: Path) -> None:
+    path = folder / "qmp"
+
+    async def again(monitor: Monitor) -> None:
+        path.unlink()
+        with storage_daemon() as second:
+            path.symlink_to(second.qmp)
+            with pytest.raises(InterferenceError, match="another one answers"):
+                await monitor.reconnect(Deadline(20))
+
+    with storage_daemon() as first:
+        path.symlink_to(first.qmp)
+        connect(path, use=again)
+
+
+def test_a_reply_beyond_all_sense_ends_the_connection_and_says_why(folder: Path) -> None:
+    long = b'{"return": "' + b"x" * (11 << 20) + b'", "id": "@id"}\r\n'
+    with scripted(folder, GREETING, OK, VERSION, long) as path:
+
+        async def asks(monitor: Monitor) -> None:
+            with pytest.raises(ReplyTooLongError, match="reply to query-block is longer than 10 MiB"):
+                await monitor.execute("query-block", deadline=Deadline(20))
+
+        connect(path, use=asks)
+
+
+def test_an_event_of_another_shape(folder: Path) -> None:
+    event = b'{"event": "BLOCK_EXPORT_DELETED", "data": {"id": 7}, "timestamp": {}}\r\n'
+    with scripted(folder, GREETING, OK, VERSION, event + b'{"return": {}, "id": "@id"}\r\n') as path:
+
+        async def listens(monitor: Monitor) -> None:
+            with monitor.events("BLOCK_EXPORT_DELETED") as events:
+                await monitor.execute("block-export-del", {"id": "x"}, deadline=Deadline(20))
+                with pytest.raises(NotAMonitorError, match="BLOCK_EXPORT_DELETED: id"):
+                    await monitor.next_event(events, "an event", Deadline(20))
+
+        connect(path, use=listens)
+
+
+UNSAYABLE = [math.nan, math.inf, b"bytes", "\udc80", "\ufdd0", "\ufffe", "\U0010ffff"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("value", UNSAYABLE, ids=ascii)
+def test_what_would_end_the_session_is_refused_here(value: object) -> None:
+    with storage_daemon() as server:
+
+        async def refused(monitor: Monitor) -> None:
+            with pytest.raises(UsageError, match="blockdev-del"):
+                await monitor.execute("blockdev-del", {"node-name": value}, deadline=Deadline(20))
+            with pytest.raises(CommandFailedError):
+                await monitor.execute("blockdev-del", {"node-name": "\ufffd\0\U0001f4be"}, deadline=Deadline(20))
+
+        connect(server.qmp, use=refused)
+
+
+@pytest.mark.real
+@each_qemu
+def test_a_descriptor_is_passed_with_its_command(binaries: QemuBinaries, folder: Path) -> None:
+    with binaries.qemu() as server, (folder / "image").open("w+b") as image:
+        image.truncate(1 << 20)
+
+        async def passes(monitor: Monitor) -> object:
+            await monitor.execute("add-fd", {"fdset-id": 7}, deadline=Deadline(20), fd=image.fileno())
+            node = {"driver": "file", "node-name": "n", "filename": "/dev/fdset/7"}
+            await monitor.execute("blockdev-add", node, deadline=Deadline(20))
+            return server.side("query-named-block-nodes", flat=True)[0]["image"]["virtual-size"]
+
+        assert connect(server.qmp, use=passes) == 1 << 20
+
+
+@pytest.mark.real
+def test_the_storage_daemon_takes_no_descriptors_and_is_sent_none() -> None:
+    with storage_daemon() as server:
+
+        async def passes(monitor: Monitor) -> object:
+            with pytest.raises(CommandFailedError, match="closefd has not been found"):
+                await monitor.pass_descriptor(0, "x", Deadline(20))
+            return monitor.passes_descriptors
+
+        assert connect(server.qmp, use=passes) is True
+
+
+@pytest.mark.real
+def test_no_descriptor_goes_over_tcp() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with qemu("-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off"):
+
+        async def passes(monitor: Monitor) -> None:
+            assert not monitor.passes_descriptors
+            with pytest.raises(UsageError, match="over TCP"):
+                await monitor.pass_descriptor(0, "x", Deadline(20))
+
+        connect(f"127.0.0.1:{port}", use=passes)
+
+
+@pytest.mark.real
+def test_an_inherited_socket_is_used_once() -> None:
+    with qemu() as server:
+        ours = socket.socket(socket.AF_UNIX)
+        ours.connect(str(server.qmp))
+
+        async def once(monitor: Monitor) -> object:
+            with pytest.raises(MonitorConnectError, match="cannot be connected again"):
+                await monitor.reconnect(Deadline(20))
+            return monitor.peer and monitor.peer.pid
+
+        assert connect(f"fd:{ours.detach()}", use=once) == server.pid
+        assert str(connect(server.qmp)).count(".") >= 2  # it was closed
+
+
+def test_half_of_a_pair_tells_nothing_of_who_has_the_other() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert peer_of(ours) is None
+
+
+def test_a_socket_that_this_process_listens_on_tells_nothing_of_who_accepts(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(folder / "given-away"))
+        listener.listen()
+        client.connect(str(folder / "given-away"))
+        assert peer_of(client) is None
+
+
+def test_what_was_inherited_is_no_connected_socket(folder: Path) -> None:
+    with pytest.raises(UsageError, match="not a socket that was inherited"):
+        connect("fd:987654")
+    with (folder / "file").open("wb") as file, pytest.raises(UsageError, match="not a socket that was inherited"):
+        connect(f"fd:{file.fileno()}")
+    with pytest.raises(UsageError, match="not connected"):
+        connect(f"fd:{socket.socket(socket.AF_UNIX).detach()}")
 
 
 def test_finish_ends_the_work_before_it_is_cancelled() -> None:

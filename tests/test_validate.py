@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from qmpnbd.images.files import open_chain
 from qmpnbd.report.model import DiskReport
 from qmpnbd.validate.run import Options, validate
 from tests.chains import ChainRecipe, build, recipes
+from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.servers import Server, blockdev, qemu, qemu_img, qemu_io, storage_daemon
 from tests.writers import writing, written_and_not_flushed
 
@@ -70,6 +72,20 @@ def added(server: Server, *nodes: dict[str, object]) -> Iterator[None]:
 def image(path: Path, name: str, **options: object) -> dict[str, object]:
     file = {"driver": "file", "filename": str(path)}
     return {"driver": "qcow2", "node-name": name, "read-only": True, "file": file, **options}
+
+
+@each_qemu
+def test_every_release_agrees_with_and_without_a_filter(
+    binaries: QemuBinaries, three_layers: Path, folder: Path
+) -> None:
+    shutil.copy(three_layers / "top.qcow2", folder)
+    qemu_img("rebase", "-u", "-b", three_layers / "mid.qcow2", "-F", "qcow2", folder / "top.qcow2")
+    nodes = ["-object", "throttle-group,id=none", "-blockdev", blockdev(folder / "top.qcow2", "top")]
+    nodes += ["-blockdev", json.dumps(throttle("filter", "top")), "-device", "virtio-blk-pci,id=vd0,drive=filter"]
+    with binaries.qemu(*nodes) as server:
+        filtered, plain = totals(judged(server, "vd0")), totals(judged(server, "top"))
+    assert set(plain) == {1, 2, 3}
+    assert filtered == {1: plain[1], 3: plain[2], 4: plain[3]}
 
 
 @pytest.mark.parametrize("recipe", recipes(40, seed=77), ids=lambda recipe: recipe.id)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qmpnbd.cli import options, output
 
 if TYPE_CHECKING:
+    from qmpnbd.qmp.address import MonitorAddress
     from qmpnbd.report.model import DisksDocument
 
 
@@ -31,9 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _document(address: str, seconds: float) -> DisksDocument:
+async def _document(address: MonitorAddress, seconds: float) -> DisksDocument:
     from qmpnbd.deadline import Deadline
-    from qmpnbd.qmp.inventory import guest_status, read_inventory
+    from qmpnbd.qmp.inventory import guest_status, read_device_types, read_inventory
     from qmpnbd.qmp.monitor import Monitor
     from qmpnbd.report.disks import disks_document
 
@@ -41,4 +42,7 @@ async def _document(address: str, seconds: float) -> DisksDocument:
     async with await Monitor.connect(address, deadline) as monitor:
         status = await guest_status(monitor, deadline)
         inventory = await read_inventory(monitor, deadline)
-        return disks_document(monitor.where, str(monitor.version), status, inventory.disks, inventory.graph)
+        devices = await read_device_types(monitor, inventory.disks, deadline)
+        return disks_document(
+            monitor.where, str(monitor.version), status, inventory.disks, inventory.graph, devices=devices
+        )

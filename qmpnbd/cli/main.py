@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qmpnbd import __version__
-from qmpnbd.cli import chain, check, disks, info, output, validate
+from qmpnbd.cli import chain, check, disks, graph, info, options, output, validate
 from qmpnbd.cli import map as map_command
 from qmpnbd.cli.exit_codes import BROKEN_PIPE, INTERRUPTED, StoppedBySignal, exit_code_help
 from qmpnbd.errors import QmpnbdError
@@ -23,6 +23,7 @@ _DESCRIPTION = """\
 Prove that the allocation depth a running QEMU serves over NBD is what its disk images hold.
 
   qmpnbd disks --qmp /run/vm.qmp             the guest's disks and their backing chains
+  qmpnbd graph --qmp /run/vm.qmp             every node, and what an export of it would say
   qmpnbd validate --qmp /run/vm.qmp vd0      served against computed, on the running guest
   qmpnbd map nbd+unix:///disk?socket=/run/x  what any NBD server says
   qmpnbd info nbd+unix:///?socket=/run/x     what it can do, and which exports it has
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     parsed = _parser().parse_args(arguments)
     _log_to_stderr()
     try:
+        if hasattr(parsed, "qmp"):
+            parsed.qmp = options.monitor(parsed)
         code: int = parsed.run(parsed)
     except QmpnbdError as error:
         output.complain(error)
@@ -73,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qmpnbd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (disks, validate, map_command, info, chain, check):
+    for command in (disks, graph, validate, map_command, info, chain, check):
         command.register(commands)
     return parser
 

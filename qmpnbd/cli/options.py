@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qmpnbd.nbd.tls import Tls
+    from qmpnbd.qmp.address import MonitorAddress
 
 
 def seconds(text: str) -> float:
@@ -78,13 +79,45 @@ def add_json(parser: argparse.ArgumentParser, schema: str) -> None:
 
 
 def add_monitor(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--qmp``."""
+    """Adds the ways to a monitor: ``--qmp``, or ``--libvirt`` and ``--domain``.
+
+    Whichever is given, `monitor` puts the address into ``qmp``, once for all commands.
+    """
     parser.add_argument(
         "--qmp",
-        required=True,
         metavar="ADDRESS",
-        help="where QEMU's QMP monitor listens: PATH, unix:PATH, HOST:PORT or tcp:HOST:PORT",
+        help="where QEMU's QMP monitor listens: PATH, unix:PATH, HOST:PORT or tcp:HOST:PORT; or fd:N, a connected "
+        "socket that was inherited",
     )
+    group = parser.add_argument_group(
+        "libvirt",
+        "for a domain whose monitor libvirt holds, instead of --qmp. Marks the domain as tainted (custom-monitor); "
+        "there are no events, so ends are found out by asking; libvirt does not know what is made in QEMU meanwhile: "
+        "start no snapshot, block job, backup or migration through it",
+    )
+    group.add_argument("--domain", metavar="NAME", help="the domain's name or UUID")
+    group.add_argument(
+        "--libvirt", metavar="URI", help="libvirt's connection URI, as for virsh -c (default: libvirt's own)"
+    )
+    parser.set_defaults(monitor_parser=parser)
+
+
+def monitor(arguments: argparse.Namespace) -> MonitorAddress:
+    """Returns the address of the monitor that was chosen; ends with the command's usage if none was, or two.
+
+    Raises:
+        UsageError: it is no address.
+    """
+    from qmpnbd.qmp.address import LibvirtAddress, parse_address
+
+    usage: argparse.ArgumentParser = arguments.monitor_parser
+    if arguments.domain is None and arguments.libvirt is not None:
+        usage.error("--libvirt needs --domain NAME")
+    if (arguments.domain is None) == (arguments.qmp is None):
+        usage.error("one of --qmp ADDRESS and --domain NAME is required")
+    if arguments.domain is None:
+        return parse_address(arguments.qmp)
+    return LibvirtAddress(arguments.libvirt or "", arguments.domain)
 
 
 def add_tls(parser: argparse.ArgumentParser) -> None:

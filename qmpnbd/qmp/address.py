@@ -1,4 +1,4 @@
-"""Where a monitor listens: a UNIX socket or a TCP port."""
+"""Where a monitor is: a UNIX socket, a TCP port, a descriptor that was inherited, or a domain of libvirt's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from qmpnbd.errors import UsageError
 
 MAX_UNIX_PATH = 107
 """Bytes that fit into sun_path with its terminating NUL (unix(7)); QEMU refuses longer ones too."""
+
+MAX_DESCRIPTOR = (1 << 31) - 1
+"""A descriptor is a C int."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,41 @@ class TcpAddress:
         return f"{host}:{self.port}"
 
 
-MonitorAddress = UnixAddress | TcpAddress
+@dataclass(frozen=True, slots=True)
+class FdAddress:
+    """A connected socket that this process has inherited; it can be used once, and is closed then.
+
+    Attributes:
+        fd: the descriptor.
+    """
+
+    fd: int
+
+    def __str__(self) -> str:
+        return f"fd:{self.fd}"
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtAddress:
+    """A domain that libvirt runs: libvirt holds its monitor, and passes commands on.
+
+    Attributes:
+        uri: the connection URI; empty for libvirt's own default.
+        domain: its name, or its UUID.
+    """
+
+    uri: str
+    domain: str
+
+    def __str__(self) -> str:
+        return f"{self.uri or 'libvirt'} domain {self.domain}"
+
+
+MonitorAddress = UnixAddress | TcpAddress | FdAddress | LibvirtAddress
 
 
 def parse_address(text: str) -> MonitorAddress:
-    """Reads an address as people write it: ``PATH``, ``unix:PATH``, ``HOST:PORT`` or ``tcp:HOST:PORT``.
+    """Reads an address as people write it: ``PATH``, ``unix:PATH``, ``HOST:PORT``, ``tcp:HOST:PORT`` or ``fd:N``.
 
     A text with a slash is a path, as is one without a colon; so ``./a:1`` is a path, and ``a:1`` a port.
 
@@ -55,6 +88,8 @@ def parse_address(text: str) -> MonitorAddress:
     """
     if text.startswith("tcp:"):
         return _parse_tcp(text.removeprefix("tcp:"))
+    if text.startswith("fd:"):
+        return _parse_fd(text)
     if not text.startswith("unix:") and "/" not in text and ":" in text:
         return _parse_tcp(text)
     path = text.removeprefix("unix:")
@@ -70,7 +105,18 @@ def parse_address(text: str) -> MonitorAddress:
 def _parse_tcp(text: str) -> TcpAddress:
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    # isdecimal alone would take digits of other scripts, which int() takes too.
-    if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not host or not _is_number(port, 65535) or int(port) == 0:
         raise UsageError("not HOST:PORT", where=text, remedy="A TCP monitor is written 127.0.0.1:4444 or [::1]:4444.")
     return TcpAddress(host, int(port))
+
+
+def _parse_fd(text: str) -> FdAddress:
+    number = text.removeprefix("fd:")
+    if not _is_number(number, MAX_DESCRIPTOR):
+        raise UsageError("not fd:N", where=text, remedy="An inherited descriptor is written fd:3.")
+    return FdAddress(int(number))
+
+
+def _is_number(text: str, most: int) -> bool:
+    # isdecimal alone would take digits of other scripts, which int() takes too; the length bounds what int() reads.
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(most)) and int(text) <= most

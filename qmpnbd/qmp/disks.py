@@ -27,12 +27,14 @@ class Disk:
         qdev: the device's id; empty for a device made without one, and for a node without a device.
         qom_path: the device's QOM path; empty for a node without a device.
         node_name: the node that the device stands on.
+        drive: the id of the drive (``-drive``) that the node belongs to; empty for a node of its own (``-blockdev``).
     """
 
     name: str
     qdev: str
     qom_path: str
     node_name: str
+    drive: str = ""
 
     @property
     def attached(self) -> bool:
@@ -47,13 +49,17 @@ def list_disks(blocks: Iterable[BlockInfo], graph: BlockGraph) -> list[Disk]:
     (``-drive if=none`` that nobody took) is listed by its node, never as a disk of the guest.
     """
     disks = []
+    loose: dict[str, str] = {}
     for block in blocks:
-        if not block.qdev or block.inserted is None or not block.inserted.node_name:
+        if block.inserted is None or not block.inserted.node_name:
+            continue
+        if not block.qdev:
+            loose[block.inserted.node_name] = block.device
             continue
         qdev, qom_path = _device_address(block.qdev)
-        disks.append(Disk(qdev or qom_path, qdev, qom_path, block.inserted.node_name))
+        disks.append(Disk(qdev or qom_path, qdev, qom_path, block.inserted.node_name, block.device))
     taken = {disk.node_name for disk in disks}
-    free = [Disk(name, "", "", name) for name in graph.roots if name not in taken]
+    free = [Disk(name, "", "", name, loose.get(name, "")) for name in graph.roots if name not in taken]
     return disks + free
 
 
@@ -89,9 +95,10 @@ def find_disk(wanted: str, disks: Sequence[Disk], graph: BlockGraph, *, where: s
     Raises:
         NoSuchDiskError: none or several; the message lists those that exist.
     """
+    path = wanted.removesuffix(_VIRTIO_BACKEND)  # as query-block tells it
     for found in (
         [disk for disk in disks if disk.attached and wanted == disk.qdev],
-        [disk for disk in disks if disk.attached and wanted == disk.qom_path],
+        [disk for disk in disks if disk.attached and path == disk.qom_path],
         [disk for disk in disks if wanted == disk.node_name],
     ):
         if len(found) == 1:
@@ -103,6 +110,12 @@ def find_disk(wanted: str, disks: Sequence[Disk], graph: BlockGraph, *, where: s
         return Disk(wanted, "", "", wanted)
     if wanted in empty:
         raise NoSuchDiskError(f"the drive {wanted!r} has no medium", where=where, remedy="There is nothing to export.")
+    for disk in disks:
+        if wanted == disk.drive:
+            what = "the disk" if disk.attached else "no device uses it; the node"
+            raise NoSuchDiskError(
+                f"{wanted!r} is the id of a drive: {what} is {disk.name}", where=where, remedy=f"Name {disk.name}."
+            )
     attached = ", ".join(disk.name for disk in disks if disk.attached)
     free = ", ".join(disk.name for disk in disks if not disk.attached)
     known = f"Disks: {attached or 'none'}" + (f"; nodes without a device: {free}." if free else ".")

@@ -16,7 +16,7 @@ refused: a wrong number would look like a fault of the disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,6 +67,7 @@ class Node:
         virtual_size: bytes it offers to its parents; not part of equality, since a file grows while it is written.
         read_only: whether it was opened read-only.
         children: role of the edge -> node-name of the child.
+        bitmaps: names of its dirty bitmaps; not part of equality, since they are no part of the graph.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Node:
     virtual_size: int = field(compare=False)
     read_only: bool
     children: Mapping[str, str] = field(default_factory=dict)
+    bitmaps: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,7 @@ def build_graph(infos: Iterable[BlockDeviceInfo], reply: GraphReply) -> BlockGra
             virtual_size=info.image.virtual_size,
             read_only=info.ro,
             children=children.get(info.node_name, {}),
+            bitmaps=tuple(bitmap.name for bitmap in info.dirty_bitmaps if bitmap.name),
         )
         for info in infos
         if info.node_name
@@ -166,7 +169,17 @@ def chain_of(graph: BlockGraph, node_name: str) -> tuple[Link, ...]:
         GraphUnsupportedError: the numbering of the layers is not known for certain.
         ImageUnsupportedError: a layer's format is not read here.
     """
-    links: list[Link] = []
+    return tuple(_link(graph, node, number) for node, number in numbered(graph, node_name))
+
+
+def numbered(graph: BlockGraph, node_name: str) -> Iterator[tuple[Node, int]]:
+    """Yields the layers that an export of `node_name` counts, top first, with NBD's number for data each holds.
+
+    Only the way down is judged here, not whether each layer answers for what lies below it.
+
+    Raises:
+        GraphUnsupportedError: the way down is not known: an endless one, or a filter without a child.
+    """
     number = 1
     first_filter: int | None = None
     name: str | None = node_name
@@ -180,11 +193,10 @@ def chain_of(graph: BlockGraph, node_name: str) -> tuple[Link, ...]:
             if name is None:
                 raise GraphUnsupportedError(f"the filter {node.driver} has no child", where=f"node {node.name}")
         else:
-            links.append(_link(graph, node, first_filter or number))
+            yield node, first_filter or number
             first_filter = None
             name = node.children.get("backing")
         number += 1
-    return tuple(links)
 
 
 def _node(graph: BlockGraph, name: str) -> Node:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError, InterferenceError, UnsafeOperationError
+from qmpnbd.qmp.capabilities import IOTHREAD, Abilities, abilities_of
 from qmpnbd.qmp.disks import Disk, empty_drives, list_disks, users_of
 from qmpnbd.qmp.graph import BlockGraph, build_graph
 from qmpnbd.qmp.models import (
@@ -14,10 +16,12 @@ from qmpnbd.qmp.models import (
     BlockInfo,
     GraphReply,
     MigrationInfo,
+    SchemaInfo,
     StatusInfo,
     parse_reply,
 )
 from qmpnbd.qmp.monitor import Monitor
+from qmpnbd.qmp.schema import Schema
 
 STORAGE_DAEMON = "storage daemon"
 """The guest status of a QEMU that has no guest."""
@@ -97,6 +101,17 @@ async def read_inventory(monitor: Monitor, deadline: Deadline) -> Inventory:
     return Inventory(graph, tuple(list_disks(blocks, graph)), tuple(empty_drives(blocks)))
 
 
+async def read_device_types(monitor: Monitor, disks: Iterable[Disk], deadline: Deadline) -> dict[str, str]:
+    """Returns what sort of device each disk of the guest is (``virtio-blk-pci``, ``scsi-hd``, …), by its QOM path.
+
+    Raises:
+        MonitorError: QEMU refused to tell.
+        DeadlineError: no reply in time.
+    """
+    paths = [disk.qom_path for disk in disks if disk.attached]
+    return {path: await _property(monitor, path, "type", deadline) or "" for path in paths}
+
+
 async def read_exports(monitor: Monitor, deadline: Deadline) -> list[BlockExportInfo]:
     """Reads the block exports, anyone's.
 
@@ -150,11 +165,22 @@ async def require_safe_moment(monitor: Monitor, deadline: Deadline) -> str:
     return status
 
 
-async def require_no_iothread_bug(monitor: Monitor, node_name: str, inventory: Inventory, deadline: Deadline) -> None:
-    """Refuses nodes in an iothread on QEMU 7.x and 8.x, which abort when an NBD client of such a node disconnects.
+async def read_abilities(monitor: Monitor, deadline: Deadline) -> Abilities:
+    """Finds out what this QEMU can do.
 
-    Measured on 7.2.22 (assertion in ``nbd_blockdev_client_closed``, every disconnect killed the guest); 5.2 and 10.0
-    survive. Taking down closes the export first, which 7.2.22 survives too, but a killed client would not. A node runs
+    Raises:
+        MonitorError: QEMU refused to tell.
+        DeadlineError: no reply in time.
+    """
+    reply = await monitor.execute("query-qmp-schema", deadline=deadline)
+    entries = parse_reply(list[SchemaInfo], reply, command="query-qmp-schema", where=monitor.where)
+    return abilities_of(monitor.version, Schema(entries))
+
+
+async def require_no_iothread_bug(monitor: Monitor, node_name: str, inventory: Inventory, deadline: Deadline) -> None:
+    """Refuses nodes in an iothread on a QEMU that aborts when an NBD client of such a node disconnects.
+
+    Taking down closes the export first, which even such a QEMU survives, but a killed client would not. A node runs
     where the disks run that stand on it, so all of those are looked at.
 
     Raises:
@@ -162,17 +188,12 @@ async def require_no_iothread_bug(monitor: Monitor, node_name: str, inventory: I
         MonitorError: QEMU refused to tell.
         DeadlineError: no reply in time.
     """
-    if monitor.version.qemu.major not in (7, 8):
+    if not IOTHREAD.applies(monitor.version):
         return
     for disk in users_of(node_name, inventory.disks, inventory.graph):
         iothread = await _iothread_of(monitor, disk, deadline)
         if iothread:
-            raise UnsafeOperationError(
-                f"the disk runs in the iothread {iothread}, and QEMU {monitor.version.qemu.major}.x aborts when an NBD "
-                "client of such a disk is lost",
-                where=f"disk {disk.name}",
-                remedy="Update QEMU to 9.0 or later, or accept the risk with --allow-iothread.",
-            )
+            IOTHREAD.refuse(monitor.version, f"the disk runs in the iothread {iothread}", where=f"disk {disk.name}")
 
 
 async def _iothread_of(monitor: Monitor, disk: Disk, deadline: Deadline) -> str | None:

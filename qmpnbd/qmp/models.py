@@ -6,6 +6,7 @@ Fields that are not read are not modelled, and unknown ones are ignored, so a ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -44,6 +45,7 @@ class StatusInfo(QmpModel):
     """Reply of ``query-status``: the state of the guest."""
 
     status: str
+    running: bool
 
 
 class MigrationInfo(QmpModel):
@@ -72,12 +74,14 @@ class BlockDeviceInfo(QmpModel):
     drv: str
     ro: bool
     image: ImageInfo
+    write_threshold: int = Field(alias="write_threshold")
     dirty_bitmaps: list[BlockDirtyInfo] = Field(default_factory=list)
 
 
 class BlockInfo(QmpModel):
     """Member of the reply of ``query-block``: a drive, with the device it is attached to."""
 
+    device: str
     qdev: str | None = None
     inserted: BlockDeviceInfo | None = None
 
@@ -113,6 +117,98 @@ class BlockExportInfo(QmpModel):
     node_name: str
 
 
+class JobInfo(QmpModel):
+    """Member of the reply of ``query-jobs``."""
+
+    id: str
+    type: str
+    status: str
+
+
+class BlockExportDeleted(QmpModel):
+    """Data of ``BLOCK_EXPORT_DELETED``."""
+
+    id: str
+
+
+class JobStatusChange(QmpModel):
+    """Data of ``JOB_STATUS_CHANGE``; the last status is ``null``."""
+
+    id: str
+    status: str
+
+
+class BlockWriteThreshold(QmpModel):
+    """Data of ``BLOCK_WRITE_THRESHOLD``."""
+
+    node_name: str
+    amount_exceeded: int
+    write_threshold: int
+
+
+EVENTS: Mapping[str, type[QmpModel]] = {
+    "BLOCK_EXPORT_DELETED": BlockExportDeleted,
+    "BLOCK_WRITE_THRESHOLD": BlockWriteThreshold,
+    "JOB_STATUS_CHANGE": JobStatusChange,
+}
+"""The events whose data is read."""
+
+
+class SchemaMember(QmpModel):
+    """A member of an object type, of an alternate (without a name), or of an enumeration (without a type).
+
+    `default` is there, and null, for a member that may be left out: whether it is there is all that it says.
+    """
+
+    name: str | None = None
+    type: str = ""
+    default: object = None
+
+    @property
+    def optional(self) -> bool:
+        """Whether it may be left out."""
+        return "default" in self.model_fields_set
+
+
+class SchemaVariant(QmpModel):
+    """What an object has beside its own members when its tag has the value `case`."""
+
+    case: str
+    type: str
+
+
+class SchemaInfo(QmpModel):
+    """Member of the reply of ``query-qmp-schema``; which fields there are depends on `meta_type`."""
+
+    name: str
+    meta_type: str
+    arg_type: str | None = None
+    ret_type: str | None = None
+    element_type: str | None = None
+    members: list[SchemaMember] = Field(default_factory=list)
+    variants: list[SchemaVariant] = Field(default_factory=list)
+    values: list[str] = Field(default_factory=list)
+
+
+class ErrorDetail(QmpModel):
+    """What QEMU says of a command that it refused."""
+
+    error_class: str = Field(alias="class")
+    desc: str
+
+
+class ErrorReply(QmpModel):
+    """The reply to a command that QEMU refused, whole; read here only where qemu.qmp does not."""
+
+    error: ErrorDetail
+
+
+class Reply(QmpModel):
+    """The reply to a command that was carried out, whole."""
+
+    value: object = Field(alias="return")
+
+
 def parse_reply(kind: type[T], reply: object, *, command: str, where: str) -> T:
     """Reads the reply of a command.
 
@@ -125,13 +221,22 @@ def parse_reply(kind: type[T], reply: object, *, command: str, where: str) -> T:
     Raises:
         NotAMonitorError: the reply does not have the shape the QMP reference gives it.
     """
+    return _parsed(kind, reply, f"unexpected reply to {command}", where)
+
+
+def parse_event(kind: type[T], data: object, *, event: str, where: str) -> T:
+    """Reads the data of an event; arguments and errors as for `parse_reply`."""
+    return _parsed(kind, data, f"unexpected data of {event}", where)
+
+
+def _parsed(kind: type[T], value: object, complaint: str, where: str) -> T:
     try:
-        return TypeAdapter(kind).validate_python(reply)
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise NotAMonitorError(
-            f"unexpected reply to {command}: {place}: {first['msg']}",
+            f"{complaint}: {place}: {first['msg']}",
             where=where,
             remedy="This is not a QEMU monitor, or of a release that is not known here.",
         ) from error

@@ -76,12 +76,17 @@ def identity_of(status: os.stat_result) -> FileIdentity:
 
 
 def peer_of(sock: socket.socket) -> Peer | None:
-    """Returns the process that listens at the other end of a UNIX socket."""
-    if sock.family != socket.AF_UNIX:
+    """Returns the process that listens at the other end of a UNIX socket.
+
+    The kernel tells who made the socket listen, or who made the pair of which a socket without a name is half. Where
+    that was this process itself, it says nothing of who has the other end now.
+    """
+    if sock.family != socket.AF_UNIX or not sock.getpeername():
         return None
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid: int = _CREDENTIALS.unpack(credentials)[0]
-    return Peer(pid) if pid else None  # 0: in a process namespace that cannot be seen from here
+    # 0: in a process namespace that cannot be seen from here.
+    return Peer(pid) if pid not in (0, os.getpid()) else None
 
 
 def listener_at(path: Path, seconds: float) -> Peer | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from qmpnbd.errors import QmpnbdError
 from qmpnbd.qmp.disks import Disk
@@ -10,7 +10,9 @@ from qmpnbd.qmp.graph import BlockGraph, chain_of
 from qmpnbd.report.model import DiskEntry, DisksDocument, ErrorEntry, NodeEntry
 
 
-def disks_document(monitor: str, qemu: str, guest: str, disks: Iterable[Disk], graph: BlockGraph) -> DisksDocument:
+def disks_document(
+    monitor: str, qemu: str, guest: str, disks: Iterable[Disk], graph: BlockGraph, *, devices: Mapping[str, str]
+) -> DisksDocument:
     """Describes the disks of a QEMU.
 
     Args:
@@ -19,12 +21,13 @@ def disks_document(monitor: str, qemu: str, guest: str, disks: Iterable[Disk], g
         guest: the guest's status.
         disks: the guest's disks, and nodes without a device.
         graph: the graph they stand on.
+        devices: QOM path -> sort of device.
     """
-    entries = tuple(_entry(disk, graph) for disk in disks)
+    entries = tuple(_entry(disk, graph, devices.get(disk.qom_path, "")) for disk in disks)
     return DisksDocument(monitor=monitor, qemu=qemu, guest=guest, disks=entries)
 
 
-def _entry(disk: Disk, graph: BlockGraph) -> DiskEntry:
+def _entry(disk: Disk, graph: BlockGraph, device: str) -> DiskEntry:
     node = graph.nodes.get(disk.node_name)
     layers: tuple[NodeEntry, ...] = ()
     problem: ErrorEntry | None = None
@@ -45,6 +48,8 @@ def _entry(disk: Disk, graph: BlockGraph) -> DiskEntry:
         attached=disk.attached,
         qdev=disk.qdev,
         qom_path=disk.qom_path,
+        device=device,
+        drive=disk.drive,
         node_name=disk.node_name,
         driver=node.driver if node else "",
         size=node.virtual_size if node else 0,

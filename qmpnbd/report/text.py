@@ -54,14 +54,15 @@ def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[
 
 def validation_text(report: ValidationReport) -> str:
     """Returns a validation report."""
-    lines = [f"QEMU {report.qemu}, {_guest(report.guest)}, monitor {shown(report.monitor)}"]
+    lines = [f"QEMU {report.qemu}, {guest_words(report.guest)}, monitor {shown(report.monitor)}"]
     for disk in report.disks:
         lines += ["", *_disk(disk)]
     return "\n".join(lines) + "\n"
 
 
-def _guest(status: str) -> str:
-    return status if status == "storage daemon" else f"guest {status}"
+def guest_words(status: str) -> str:
+    """Returns the guest's status, in words."""
+    return status if status == "storage daemon" else f"guest {shown(status)}"
 
 
 def _disk(disk: DiskReport) -> Iterator[str]:
@@ -155,19 +156,21 @@ def _strip(disk: DiskReport) -> str:
 
 def disks_text(document: DisksDocument) -> str:
     """Returns the list of disks."""
-    lines = [f"QEMU {document.qemu}, {_guest(document.guest)}, monitor {shown(document.monitor)}"]
+    lines = [f"QEMU {document.qemu}, {guest_words(document.guest)}, monitor {shown(document.monitor)}"]
     for disk in document.disks:
-        kind = f"disk {disk.name}" if disk.attached else f"node {disk.name} (no device)"
+        kind = f"disk {shown(disk.name)}" if disk.attached else f"node {shown(disk.name)} (no device)"
         mode = "read-only" if disk.read_only else "writable"
-        lines += ["", f"{kind}: {human_size(disk.size)}, {mode}, node {disk.node_name}"]
-        if disk.qom_path and disk.qom_path != disk.name:
-            lines.append(f"  {disk.qom_path}")
+        lines += ["", f"{kind}: {human_size(disk.size)}, {mode}, node {shown(disk.node_name)}"]
+        about = [disk.device, disk.qom_path if disk.qom_path != disk.name else "", disk.drive and f"drive {disk.drive}"]
+        if any(about):
+            lines.append("  " + ", ".join(shown(each) for each in about if each))
         if disk.problem is not None:
             lines.append("  " + shown(f"{disk.problem.where}: {disk.problem.what}. {disk.problem.remedy}".rstrip()))
         if disk.layers:
             rows = [("depth", "format", "node", "file")]
             rows += [
-                (str(layer.allocation_depth), layer.format, layer.node_name, shown(layer.file)) for layer in disk.layers
+                (str(layer.allocation_depth), layer.format, shown(layer.node_name), shown(layer.file))
+                for layer in disk.layers
             ]
             lines += [f"  {line}" for line in table(rows, right=(0,))]
     if not document.disks:

@@ -24,6 +24,7 @@ from itertools import count
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ImageMissingError, MonitorLostError, NoSuchDiskError, QmpnbdError, UsageError
 from qmpnbd.nbd.uri import NbdUri
+from qmpnbd.qmp.address import MonitorAddress
 from qmpnbd.qmp.disks import Disk, find_disk
 from qmpnbd.qmp.exports import start_server, stop_server
 from qmpnbd.qmp.graph import chain_of
@@ -69,16 +70,20 @@ class Options:
     listed: int = 100
 
 
-def validate(monitor: str, disks: Sequence[str] = (), options: Options | None = None) -> ValidationReport:
+def validate(
+    monitor: MonitorAddress | str, disks: Sequence[str] = (), options: Options | None = None
+) -> ValidationReport:
     """Validates disks of a running QEMU; the blocking twin of `validate_disks`."""
     return asyncio.run(validate_disks(monitor, disks, options))
 
 
-async def validate_disks(monitor: str, disks: Sequence[str] = (), options: Options | None = None) -> ValidationReport:
+async def validate_disks(
+    monitor: MonitorAddress | str, disks: Sequence[str] = (), options: Options | None = None
+) -> ValidationReport:
     """Validates disks of a running QEMU: is the allocation depth it serves what the image files hold?
 
     Args:
-        monitor: where its QMP monitor listens: ``PATH`` or ``HOST:PORT``.
+        monitor: where its QMP monitor is: an address, or one as people write it (``PATH``, ``HOST:PORT``, ``fd:N``).
         disks: qdev ids, QOM paths or node-names; none for all disks of the guest.
         options: how to do it.
 
