@@ -22,6 +22,10 @@
     │   ├── DiskNotLocalError        21  the disk is not made of files that can be read here
     │   └── GraphUnsupportedError    22  a block graph whose depth is not known for certain
     ├── ServerBusyError              23  this QEMU already runs an NBD server, and it cannot be reached
+    ├── BitmapError                  26  a bitmap or checkpoint is missing, undecided, in use, or cannot be made
+    ├── AgentError
+    │   ├── AgentSilentError         60  the guest agent does not answer
+    │   └── AgentRefusedError        61  the guest agent refused, or does not speak its protocol
     ├── NbdError
     │   ├── NbdConnectError          30  cannot connect to the NBD server
     │   ├── NbdProtocolError         31  the server broke the protocol; the connection is dead
@@ -210,6 +214,28 @@ class ServerBusyError(QmpnbdError):
     """QEMU has one NBD server, it is taken, and it cannot be reached from here."""
 
     exit_code = 23
+
+
+class BitmapError(QmpnbdError):
+    """A bitmap or checkpoint is missing, undecided, in use, or cannot be made like this."""
+
+    exit_code = 26
+
+
+class AgentError(QmpnbdError):
+    """The conversation with the guest agent failed."""
+
+
+class AgentSilentError(AgentError):
+    """The guest agent does not answer: none runs, somebody else talks to it, or the guest stands still."""
+
+    exit_code = 60
+
+
+class AgentRefusedError(AgentError):
+    """The guest agent refused, or what answers is no guest agent."""
+
+    exit_code = 61
 
 
 class NbdError(QmpnbdError):

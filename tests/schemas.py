@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qmpnbd.report.model import DOCUMENTS
+from qmpnbd.report import bitmap_model, model
+
+DOCUMENTS = (*model.DOCUMENTS, *bitmap_model.BITMAP_DOCUMENTS)
 
 FOLDER = Path(__file__).parent.parent / "docs" / "schema"
 

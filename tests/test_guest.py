@@ -25,13 +25,13 @@ pytestmark = [
 
 
 @contextlib.contextmanager
-def running(disk: Path, *devices: str) -> Iterator[Server]:
+def running(disk: Path, *devices: str, program: str = "") -> Iterator[Server]:
     """Boots the guest on a disk that its node `top` serves; it goes on writing to it, steadily."""
     linux = guest.build(PACKAGES, ROOT / ".work/guest")
     words = f"{linux.append} qmpnbd.places=1048576,3145728 qmpnbd.write=steady"
     serial = disk.with_suffix(".serial")
     boot = ["-m", "192", "-kernel", str(linux.kernel), "-initrd", str(linux.initramfs), "-append", words]
-    with qemu(*boot, "-serial", f"file:{serial}", *devices) as server:
+    with qemu(*boot, "-serial", f"file:{serial}", *devices, program=program) as server:
         server.side("cont")
         wait_until(lambda: serial.exists() and guest.READY in serial.read_text(errors="replace"), "the guest", 90)
         yield server

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -170,6 +171,22 @@ class TestInitramfs:
         assert not re.search("@[A-Z]+@", script)
         assert "for module in virtio virtio_blk;" in script
         subprocess.run(["sh", "-n"], input=script, text=True, check=True)
+
+    def test_an_agent_comes_with_the_libraries_that_it_names(self, tmp_path: Path) -> None:
+        libraries = tmp_path / "usr/lib/x86_64-linux-gnu"
+        libraries.mkdir(parents=True)
+        (tmp_path / "usr/sbin").mkdir()
+        (tmp_path / guest.AGENT).write_bytes(b"ELF\0libone.so.1\0ld-linux-x86-64.so.2\0libabsent.so.6\0")
+        (libraries / "libone.so.1").write_bytes(b"ELF\0libtwo-2.0.so.0\0libone.so.1\0")
+        for name in ("libtwo-2.0.so.0", "ld-linux-x86-64.so.2", "libthree.so.3"):
+            (libraries / name).write_bytes(b"ELF")
+        members = newc(guest._initramfs(replace(self.parts(), agent=guest._agent(tmp_path))))
+        found = {name for name, (mode, _) in members.items() if "." in name and mode == 0o100755}
+        wanted = {f"lib/x86_64-linux-gnu/{name}" for name in ("libone.so.1", "libtwo-2.0.so.0")}
+        assert found == wanted | {"lib64/ld-linux-x86-64.so.2"}
+        assert members["bin/qemu-ga"][0] == 0o100755
+        with pytest.raises(guest.GuestError, match="scripts/setup test"):
+            guest._agent(tmp_path / "empty")
 
     def test_places_are_whole_records_on_the_disk(self) -> None:
         size = int(chain.OVERLAYS[-1].size.rstrip("M")) << 20

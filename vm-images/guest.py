@@ -6,7 +6,8 @@
     unpacked packages                    what is made
     boot/vmlinuz-V ───── decompressed ──> vmlinux     (ELF; QEMU starts it through its PVH note)
     lib/modules/V ─┐
-    bin/busybox ───┴──── newc cpio ─────> initramfs   (uncompressed)
+    bin/busybox ───┼──── newc cpio ─────> initramfs   (uncompressed)
+    usr/sbin/qemu-ga and its libraries, if wanted ┘
 
 Nothing needs root: a cpio archive is only bytes, device nodes included. The same inputs give the same bytes.
 Under TCG every instruction of the guest is expensive, so whatever the host can do is done by the host: the kernel is
@@ -22,6 +23,9 @@ Words on the kernel command line:
     Where the first records go, in bytes, multiples of 4096 (see ``PLACES`` for what is used otherwise).
 ``qmpnbd.write=steady``
     After ``ready``, go on writing records one after the other, at places that jump about all over the disk.
+``qmpnbd.agent=yes``
+    Before ``ready``, make a filesystem on ``/dev/vdb`` and mount it, start the guest agent on the first port of
+    virtio-serial, and write a counter to a file all the time, reported as ``qmpnbd-guest: file N`` once it is synced.
 """
 
 from __future__ import annotations
@@ -48,7 +52,10 @@ PLACES = (1 * MIB, 9 * MIB + 3 * RECORD, 34 * MIB, 50 * MIB, 70 * MIB, 100 * MIB
 APPEND = "console=ttyS0 quiet nokaslr mitigations=off cryptomgr.notests tsc=reliable no_timer_check panic=-1"
 
 MODULES = ("virtio_pci", "virtio_blk")
-APPLETS = ("sh", "mount", "insmod", "dd", "sleep")
+APPLETS = ("sh", "mount", "insmod", "dd", "sleep", "mkdir", "mke2fs", "sync")
+
+AGENT = "usr/sbin/qemu-ga"
+AGENT_MODULES = ("virtio_console",)
 
 INIT = """\
 #!/bin/sh
@@ -60,11 +67,13 @@ for module in @MODULES@; do insmod "/lib/$module.ko"; done
 
 places=@PLACES@
 write=once
+agent=no
 read -r line < /proc/cmdline
 for word in $line; do
     case $word in
         qmpnbd.places=*) places=${word#*=} ;;
         qmpnbd.write=*) write=${word#*=} ;;
+        qmpnbd.agent=*) agent=${word#*=} ;;
     esac
 done
 
@@ -88,6 +97,18 @@ record() {
 IFS=,
 for place in $places; do record "$place"; done
 unset IFS
+
+if [ "$agent" = yes ]; then
+    mkdir -p /mnt /run
+    mke2fs -F /dev/vdb > /dev/null && mount -t ext4 /dev/vdb /mnt || echo 'qmpnbd-guest: no filesystem'
+    qemu-ga -m virtio-serial -p /dev/vport*p1 -t /run &
+    while :; do
+        count=$((count + 1))
+        echo "$count" > /mnt/count
+        sync /mnt/count
+        echo "qmpnbd-guest: file $count"
+    done &
+fi
 echo '@READY@'
 
 if [ "$write" = steady ]; then
@@ -123,19 +144,21 @@ class _Parts:
     vmlinuz: bytes
     busybox: bytes
     modules: tuple[tuple[str, bytes], ...]
+    agent: tuple[tuple[str, bytes], ...] = ()
 
 
-def build(packages: Path, output: Path) -> Guest:
+def build(packages: Path, output: Path, agent: Path | None = None) -> Guest:
     """Make the guest, or find it made already from the same files.
 
     Args:
         packages: the folder that the kernel's package and busybox-static were unpacked into.
         output: the folder for what is made; created if need be.
+        agent: the folder that qemu-guest-agent and its libraries were unpacked into; None for a guest without.
 
     Raises:
-        GuestError: no kernel, no busybox, or a module the kernel needs is missing.
+        GuestError: no kernel, no busybox, or a module or library that is needed is missing.
     """
-    parts = _collect(packages)
+    parts = _collect(packages, agent)
     guest = Guest(output / "vmlinux", output / "initramfs", APPEND)
     stamp = output / "made-from"
     key = _fingerprint(parts)
@@ -157,7 +180,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _fingerprint(parts: _Parts) -> str:
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for content in (parts.vmlinuz, parts.busybox, *(content for _, content in parts.modules)):
+    for content in (parts.vmlinuz, parts.busybox, *(content for _, content in (*parts.modules, *parts.agent))):
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
@@ -165,7 +188,7 @@ def _fingerprint(parts: _Parts) -> str:
 # --- finding the parts -----------------------------------------------------------------------------------------
 
 
-def _collect(packages: Path) -> _Parts:
+def _collect(packages: Path, agent: Path | None) -> _Parts:
     kernels = sorted((packages / "boot").glob("vmlinuz-*"))
     if not kernels:
         raise GuestError(f"{packages}: no boot/vmlinuz-* in it; ./scripts/setup demo unpacks one there")
@@ -177,10 +200,34 @@ def _collect(packages: Path) -> _Parts:
         raise GuestError(f"{packages}: no busybox in it; ./scripts/setup demo unpacks one there")
     trees = [root / "lib/modules" / version for root in roots]
     tree = next((tree for tree in trees if tree.is_dir()), None)
-    return _Parts(kernels[-1].read_bytes(), busybox.read_bytes(), tuple(_modules(tree)) if tree else ())
+    names = MODULES if agent is None else MODULES + AGENT_MODULES
+    modules = tuple(_modules(tree, names)) if tree else ()
+    return _Parts(kernels[-1].read_bytes(), busybox.read_bytes(), modules, _agent(agent) if agent else ())
 
 
-def _modules(tree: Path) -> list[tuple[str, bytes]]:
+def _agent(packages: Path) -> tuple[tuple[str, bytes], ...]:
+    """The agent, its dynamic loader and its shared libraries, each at the place where it is looked for."""
+    places = [place for root in ("lib", "usr/lib") for place in (packages / root).glob("*-linux-gnu/*.so.*")]
+    libraries = {place.name: place for place in places}
+    if not (packages / AGENT).is_file():
+        raise GuestError(f"{packages}: no {AGENT} in it; ./scripts/setup test unpacks one there")
+    found = {"bin/qemu-ga": (packages / AGENT).read_bytes()}
+
+    def add(content: bytes) -> None:
+        # The names of needed libraries stand in .dynstr; one that is only mentioned does no harm.
+        for name in re.findall(rb"(?<=\0)(?:lib[\w.+-]+\.so\.\d+|ld-linux-x86-64\.so\.2)(?=\0)", content):
+            file = name.decode()
+            place = f"lib64/{file}" if file.startswith("ld-") else f"lib/x86_64-linux-gnu/{file}"
+            if place in found or file not in libraries:
+                continue
+            found[place] = libraries[file].read_bytes()
+            add(found[place])
+
+    add(found["bin/qemu-ga"])
+    return tuple(found.items())
+
+
+def _modules(tree: Path, names: tuple[str, ...]) -> list[tuple[str, bytes]]:
     """The modules needed, those depended upon first; what is built into the kernel is left out."""
     files = {_module_name(path): path for path in sorted(tree.rglob("*.ko*"))}
     listing = tree / "modules.builtin"
@@ -200,7 +247,7 @@ def _modules(tree: Path) -> list[tuple[str, bytes]]:
                 add(needed.replace("-", "_"))
         found[name] = content
 
-    for name in MODULES:
+    for name in names:
         add(name)
     return list(found.items())
 
@@ -310,7 +357,7 @@ def _initramfs(parts: _Parts) -> bytes:
         .replace("@READY@", READY)
     )
     archive = _Newc()
-    for folder in ("bin", "dev", "lib", "proc", "sys"):
+    for folder in ("bin", "dev", "lib", "lib/x86_64-linux-gnu", "lib64", "proc", "sys"):
         archive.add(folder, 0o040755)
     # The kernel opens /dev/console before anything could have made it.
     archive.add("dev/console", 0o020600, device=(5, 1))
@@ -320,6 +367,8 @@ def _initramfs(parts: _Parts) -> bytes:
     for name, content in parts.modules:
         # The suffix matters: busybox declares anything else to be compressed.
         archive.add(f"lib/{name}.ko", 0o100644, content)
+    for name, content in parts.agent:
+        archive.add(name, 0o100755, content)
     archive.add("init", 0o100755, init.encode())
     return archive.finish()
 

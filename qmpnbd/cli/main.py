@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qmpnbd import __version__
-from qmpnbd.cli import chain, check, disks, graph, info, options, output, validate
+from qmpnbd.cli import bitmap, chain, check, checkpoint, disks, graph, info, options, output, validate
 from qmpnbd.cli import map as map_command
 from qmpnbd.cli.exit_codes import BROKEN_PIPE, INTERRUPTED, StoppedBySignal, exit_code_help
 from qmpnbd.errors import QmpnbdError
@@ -29,6 +29,7 @@ Prove that the allocation depth a running QEMU serves over NBD is what its disk 
   qmpnbd info nbd+unix:///?socket=/run/x     what it can do, and which exports it has
   qmpnbd chain disk.qcow2                    what the image files hold, without QEMU
   qmpnbd check disk.qcow2                    what is wrong inside an image file
+  qmpnbd checkpoint list --qmp /run/vm.qmp   what is recorded for the next incremental backup
 """
 
 
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qmpnbd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (disks, graph, validate, map_command, info, chain, check):
+    for command in (disks, graph, validate, map_command, info, chain, check, checkpoint, bitmap):
         command.register(commands)
     return parser
 

@@ -36,6 +36,16 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def add_granularity(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds ``--granularity``; `default` says what is taken without."""
+    parser.add_argument(
+        "--granularity",
+        type=whole,
+        metavar="BYTES",
+        help=f"bytes that a bit of a new bitmap stands for, a power of two, 512 or more (default: {default})",
+    )
+
+
 LONG_SECONDS = 600.0
 """For what reads whole maps: ten times what a disk of a hundred million extents takes."""
 
@@ -118,6 +128,26 @@ def monitor(arguments: argparse.Namespace) -> MonitorAddress:
     if arguments.domain is None:
         return parse_address(arguments.qmp)
     return LibvirtAddress(arguments.libvirt or "", arguments.domain)
+
+
+def add_sharing(parser: argparse.ArgumentParser) -> None:
+    """Adds what commands need that have exports made in QEMU: ``--nbd``, ``--runtime-dir``, ``--allow-iothread``."""
+    parser.add_argument(
+        "--nbd",
+        metavar="URI",
+        help="share the NBD server that this QEMU runs already and that listens at URI; it is never stopped",
+    )
+    parser.add_argument(
+        "--runtime-dir",
+        metavar="DIR",
+        help="make the private directory with the NBD socket in DIR (default: $TMPDIR or /tmp); "
+        "QEMU must be able to write to it",
+    )
+    parser.add_argument(
+        "--allow-iothread",
+        action="store_true",
+        help="work on disks in an iothread although QEMU 7.x and 8.x may abort when an NBD client is lost",
+    )
 
 
 def add_tls(parser: argparse.ArgumentParser) -> None:

@@ -37,22 +37,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="N",
         help=f"read a disk that is being written at most N times, 2 or more (default: {_ROUNDS})",
     )
-    parser.add_argument(
-        "--nbd",
-        metavar="URI",
-        help="share the NBD server that this QEMU runs already and that listens at URI; it is never stopped",
-    )
-    parser.add_argument(
-        "--runtime-dir",
-        metavar="DIR",
-        help="make the private directory with the NBD socket in DIR (default: $TMPDIR or /tmp); "
-        "QEMU must be able to write to it",
-    )
-    parser.add_argument(
-        "--allow-iothread",
-        action="store_true",
-        help="work on disks in an iothread although QEMU 7.x and 8.x may abort when an NBD client is lost",
-    )
+    options.add_sharing(parser)
     parser.set_defaults(run=run)
 
 

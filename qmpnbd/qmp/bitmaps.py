@@ -1,21 +1,65 @@
-"""Dirty bitmaps that tell what was written during a while; transient, and taken down with everything else."""
+"""Commands on dirty bitmaps, one by one and in transactions, and what to do when QEMU refuses them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError
 from qmpnbd.qmp.monitor import Monitor, finish
 
+_REMEDIES = (
+    ("in use", "End the export or the job that uses the bitmap first."),
+    ("is inconsistent", "QEMU did not end well, and its content is lost: it can only be removed. Make a full backup."),
+    ("is readonly", "Its image is read-only at the moment, under a snapshot for one: end that first."),
+    ("already exists", "Somebody else has just made it, another run for one: see what there is, and try again."),
+    ("Can't store", "Only qcow2 of version 3 stores bitmaps; others are made transient."),
+    ("not found", "Somebody else has just removed it: see what there is, and try again."),
+    ("Cannot find", "The node is gone or has another name: see `qmpnbd disks`."),
+)
+"""Words of QEMU's refusals -> what to do; the same in QEMU 5.2, 7.2 and 10.0."""
 
-async def add_bitmap(monitor: Monitor, node_name: str, name: str, deadline: Deadline) -> None:
-    """Makes a bitmap that records from now on what is written, zeroed or discarded through a node.
+
+def transaction(actions: Sequence[dict[str, object]]) -> dict[str, object]:
+    """Returns the QMP command that carries out all of `actions` or none, at one instant."""
+    return {"execute": "transaction", "arguments": {"actions": list(actions)}}
+
+
+async def transact(monitor: Monitor, actions: Sequence[dict[str, object]], deadline: Deadline) -> None:
+    """Carries out all of `actions` or none, at one instant.
+
+    Raises:
+        CommandFailedError: QEMU refused one; nothing was changed.
+        MonitorLostError: the connection ended.
+        DeadlineError: no reply in time.
+    """
+    try:
+        await finish(monitor.execute("transaction", {"actions": list(actions)}, deadline=deadline))
+    except CommandFailedError as error:
+        error.remedy = next((remedy for words, remedy in _REMEDIES if words in error.description), error.remedy)
+        raise
+
+
+async def add_bitmap(
+    monitor: Monitor, node_name: str, name: str, deadline: Deadline, *, granularity: int | None = None
+) -> None:
+    """Makes a transient bitmap that records from now on what is written, zeroed or discarded through a node.
+
+    Args:
+        monitor: the QEMU.
+        node_name: the node.
+        name: of the bitmap.
+        deadline: for QEMU's reply.
+        granularity: bytes told by one bit; None for QEMU's choice.
 
     Raises:
         CommandFailedError: QEMU refused.
         MonitorLostError: the connection ended.
         DeadlineError: no reply in time.
     """
-    arguments = {"node": node_name, "name": name, "persistent": False}
+    arguments: dict[str, object] = {"node": node_name, "name": name, "persistent": False}
+    if granularity is not None:
+        arguments["granularity"] = granularity
     await finish(monitor.execute("block-dirty-bitmap-add", arguments, deadline=deadline))
 
 

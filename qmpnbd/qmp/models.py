@@ -54,17 +54,36 @@ class MigrationInfo(QmpModel):
     status: str | None = None
 
 
+class FormatData(QmpModel):
+    """What a format tells of itself; ``compat`` is qcow2's version, ``0.10`` or ``1.1``."""
+
+    compat: str | None = None
+
+
+class FormatInfo(QmpModel):
+    """QMP's ``ImageInfoSpecific``."""
+
+    data: FormatData = FormatData()
+
+
 class ImageInfo(QmpModel):
     """What a node says about its image; of `filename` only a protocol node's is a plain file name."""
 
     filename: str
     virtual_size: int
+    format_specific: FormatInfo | None = None
 
 
 class BlockDirtyInfo(QmpModel):
-    """A dirty bitmap of a node; job-internal ones have no name."""
+    """A dirty bitmap of a node; job-internal ones have no name. `count` is in bytes."""
 
     name: str | None = None
+    count: int
+    granularity: int
+    recording: bool
+    busy: bool
+    persistent: bool
+    inconsistent: bool = False
 
 
 class BlockDeviceInfo(QmpModel):

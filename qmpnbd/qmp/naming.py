@@ -4,24 +4,57 @@ QEMU keeps exports and its NBD server when the one who made them is killed. So e
 
     qmpnbd-3f9a01c7-x0
     ------ -------- --
-    prefix   run    role and number (x: export, b: bitmap)
+    prefix   run    role and number (x: export, b: bitmap, s: scratch node)
 
 The run is also the name of its private directory, whose lock tells whether the run still lives
 (`qmpnbd.qmp.rundir`). A later run needs no other record to recognise leftovers.
+
+Checkpoints outlive the run that made them, so their bitmaps are named after the chain they belong to, in a form that
+is no run's::
+
+    qmpnbd.nightly.c12.5d0e77b2
+    ------ ------- --- --------
+    prefix  chain   |   backup  of that point in time: a bitmap that was lost and made anew is another one
+                    number of the point in time since which it records; orders them
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+from typing import NamedTuple
 
 PREFIX = "qmpnbd"
+MAX_CHAIN_ID = 64
+"""Characters of a chain id; with the rest far below the 1023 that QEMU takes."""
+
+CHAIN_ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{MAX_CHAIN_ID - 1}}}", re.ASCII)
+"""What a chain id looks like: no dot, which separates the parts of the name."""
+
+_CHECKPOINT = re.compile(rf"{PREFIX}\.({CHAIN_ID.pattern})\.c([1-9][0-9]{{0,17}})\.([0-9a-f]{{8}})", re.ASCII)
 _RUN = re.compile(rf"{PREFIX}-([0-9a-f]{{8}})(?:-.*)?", re.DOTALL)
 
 
 def new_run() -> str:
     """Returns a fresh run id: eight hexadecimal digits."""
     return secrets.token_hex(4)
+
+
+class CheckpointName(NamedTuple):
+    """What the name of a checkpoint's bitmap says.
+
+    Attributes:
+        chain: chain id, in the form of `CHAIN_ID`.
+        number: of the checkpoint in its chain, from 1.
+        backup: id of the backup that was begun with it: eight hexadecimal digits.
+    """
+
+    chain: str
+    number: int
+    backup: str
+
+    def __str__(self) -> str:
+        return f"{PREFIX}.{self.chain}.c{self.number}.{self.backup}"
 
 
 def export_id(run: str, number: int) -> str:
@@ -32,6 +65,22 @@ def export_id(run: str, number: int) -> str:
 def bitmap_name(run: str, number: int) -> str:
     """Returns the name of a run's dirty bitmap."""
     return f"{PREFIX}-{run}-b{number}"
+
+
+def scratch_name(run: str, number: int) -> str:
+    """Returns the name of a run's scratch node; shorter than the 31 characters that QEMU takes."""
+    return f"{PREFIX}-{run}-s{number}"
+
+
+def new_backup() -> str:
+    """Returns a fresh backup id: eight hexadecimal digits."""
+    return secrets.token_hex(4)
+
+
+def checkpoint_of(name: str) -> CheckpointName | None:
+    """Returns what the name of a checkpoint's bitmap says, or None if it is no such bitmap."""
+    match = _CHECKPOINT.fullmatch(name)
+    return CheckpointName(match[1], int(match[2]), match[3]) if match else None
 
 
 def run_directory_name(run: str) -> str:

@@ -22,10 +22,10 @@ from functools import partial
 from itertools import count
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import ImageMissingError, MonitorLostError, NoSuchDiskError, QmpnbdError, UsageError
+from qmpnbd.errors import ImageMissingError, MonitorLostError, QmpnbdError, UsageError
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.address import MonitorAddress
-from qmpnbd.qmp.disks import Disk, find_disk
+from qmpnbd.qmp.disks import Disk, chosen_disks
 from qmpnbd.qmp.exports import start_server, stop_server
 from qmpnbd.qmp.graph import chain_of
 from qmpnbd.qmp.inventory import Inventory, read_inventory, require_no_iothread_bug, require_safe_moment
@@ -128,7 +128,9 @@ class _Run:
                 log.warning("took down what a killed run had left: %s", removed)
             guest = await require_safe_moment(self.monitor, self.deadline)
             inventory = await read_inventory(self.monitor, self.deadline)
-            disks = _chosen(wanted, inventory, self.monitor.where)
+            disks = chosen_disks(
+                wanted, inventory.disks, inventory.graph, where=self.monitor.where, empty=inventory.empty
+            )
             return guest, await self._judged(disks, inventory)
         except BaseException as error:
             for note in self.take_down.left:
@@ -197,18 +199,3 @@ def _shared_server(uri: str | None) -> NbdUri | None:
             remedy="Leave its name out: exports of our own are made.",
         )
     return parsed
-
-
-def _chosen(wanted: Sequence[str], inventory: Inventory, where: str) -> list[Disk]:
-    if wanted:
-        find = partial(find_disk, disks=inventory.disks, graph=inventory.graph, where=where, empty=inventory.empty)
-        return list(dict.fromkeys(find(name) for name in wanted))
-    attached = [disk for disk in inventory.disks if disk.attached]
-    if not attached:
-        free = ", ".join(disk.name for disk in inventory.disks)
-        raise NoSuchDiskError(
-            "no guest device has a disk",
-            where=where,
-            remedy=f"Name a node: {free}." if free else "There is no node either.",
-        )
-    return attached
