@@ -20,6 +20,7 @@ DOORS |= {"qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.bitmaps", "qmp.rec
 DOORS |= {"qmp.teardown", "qmp.process", "qmp.rundir"}
 DOORS |= {"images.files", "images.layers", "images.hostfile", "images.qcow2_file"}
 DOORS |= {"images.qcow2_source", "images.qcow2_metadata", "images.tabled_source", "images.check_file", "images.content"}
+DOORS |= {"images.block_source", "images.members"}
 """Layer 2; everything else below nbd, qmp and images is layer 1."""
 
 RUN_MODULES = {"validate.run", "validate.live"}
