@@ -9,15 +9,17 @@ A recipe is plain data with a readable id, so it can be a pytest parameter; `bui
 The option matrix: cluster sizes 512 to 2 MiB, versions 2 and 3, one to five layers, raw or qcow2 at the bottom,
 extended L2 entries, external data files, zlib and zstd, backing files shorter, longer and unaligned, data, zeroes,
 discards and compressed writes, internal snapshots, commits, relative, absolute, ``file:`` and ``json:`` names,
-preallocation, lazy refcounts.
+preallocation of metadata and data, lazy refcounts, persistent bitmaps.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -25,6 +27,8 @@ from typing import Literal, TypeAlias
 SEED = 20250101
 COUNT = 60
 CLUSTER_BITS = range(9, 22)
+BITMAP = "b0"
+"""The name of all bitmaps."""
 
 Naming: TypeAlias = Literal["relative", "absolute", "file", "json"]
 
@@ -49,6 +53,7 @@ class LayerRecipe:
         naming: how the layer above names this one.
         snapshot_after: an internal snapshot is taken after so many writes; None for none.
         committed: what it holds is written to the layer below too, once it was made.
+        bitmap: granularity of a persistent bitmap that records all writes; 0 for none.
         odd: bytes taken from the size in a qcow2 header afterwards; qemu-img itself only makes whole sectors.
     """
 
@@ -65,6 +70,7 @@ class LayerRecipe:
     snapshot_after: int | None = None
     committed: bool = False
     odd: int = 0
+    bitmap: int = 0
     naming: Naming = "relative"
 
 
@@ -117,6 +123,41 @@ def _file_name(number: int, recipe: ChainRecipe) -> str:
     return f"{name}.{recipe.layers[number].format}"
 
 
+SECRET = ("--object", "secret,id=s,data=123456")
+"""What encrypted images are opened with."""
+
+
+def make_encrypted(path: Path | str, kind: str, options: str, *rest: object) -> None:
+    """Makes a qcow2 file whose data is encrypted, by ``luks`` or ``aes``; `rest` is its size, or names of other files.
+
+    Raises:
+        RuntimeError: qemu-img failed.
+    """
+    more = f"encrypt.format={kind},encrypt.key-secret=s,{options}" + (",encrypt.iter-time=10" if kind == "luks" else "")
+    create_with_key("-f", "qcow2", "-o", more, path, *rest)
+
+
+def create_with_key(*arguments: object) -> None:
+    """Has ``qemu-img create`` make an encrypted image.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    for attempt in range(20):
+        try:
+            run("qemu-img", "create", "-q", *SECRET, *arguments)
+            break
+        except RuntimeError as error:
+            # To choose LUKS's iterations QEMU measures its own CPU time, and gives up where that is too short to tell.
+            if attempt == 19 or "accurate CPU usage" not in str(error):
+                raise
+
+
+def encrypted_options(path: Path | str, kind: str) -> str:
+    """Returns what opens such a file with ``--image-opts``."""
+    return f"driver=qcow2,encrypt.format={kind},encrypt.key-secret=s,file.driver=file,file.filename={path}"
+
+
 def run(tool: str, *arguments: object, cwd: Path | None = None) -> str:
     """Runs a tool and returns its standard output.
 
@@ -134,6 +175,20 @@ def run(tool: str, *arguments: object, cwd: Path | None = None) -> str:
     return done.stdout
 
 
+def converted(top: Path, folder: Path, image_format: str = "qcow2") -> bytes:
+    """The disk as QEMU reads it."""
+    run("qemu-img", "convert", "-f", image_format, "-O", "raw", top, folder / "converted.raw")
+    return (folder / "converted.raw").read_bytes()
+
+
+@functools.cache
+def knows_zstd(qemu_img: str) -> bool:
+    """Whether a qemu-img was built with zstd; Debian's 5.2 was not, and makes the same chains with zlib."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [qemu_img, "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", f"{folder}/a", "1M"]
+        return subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
+
+
 def _create(path: Path, layer: LayerRecipe, below: Path | None, below_recipe: LayerRecipe) -> None:
     if layer.format == "raw":
         with path.open("wb") as file:
@@ -145,7 +200,7 @@ def _create(path: Path, layer: LayerRecipe, below: Path | None, below_recipe: La
     if layer.data_file:
         options.append(f"data_file={path.absolute()}.data")
         options.append(f"data_file_raw={'on' if layer.data_file == 'raw' else 'off'}")
-    if layer.compression != "zlib":
+    if layer.compression != "zlib" and knows_zstd(shutil.which("qemu-img") or ""):
         options.append(f"compression_type={layer.compression}")
     if layer.lazy_refcounts:
         options.append("lazy_refcounts=on")
@@ -155,6 +210,8 @@ def _create(path: Path, layer: LayerRecipe, below: Path | None, below_recipe: La
     if below is not None:
         backing = ["-u", "-F", below_recipe.format, "-b", _name(below, below_recipe)]
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", ",".join(options), *backing, path, layer.size)
+    if layer.bitmap:
+        run("qemu-img", "bitmap", "--add", "-g", layer.bitmap, path, BITMAP)
 
 
 def _name(path: Path, layer: LayerRecipe) -> str:
@@ -198,6 +255,8 @@ def _chain(number: int, dice: random.Random, data_files: bool) -> ChainRecipe:
         if layer.committed and layers[-1].size < layer.size:
             layer = replace(layer, committed=False)  # QEMU would have to grow it, which it does not always do
         layers.append(layer if data_files else replace(layer, data_file=""))
+    if layers[-1].version == 3 and not layers[-1].odd and dice.random() < 0.4:
+        layers[-1] = replace(layers[-1], bitmap=dice.choice([512, 4096, 65536]))
     parts = [_word(layer) for layer in reversed(layers)]
     return ChainRecipe(f"{number:02}-{'-'.join(parts)}-{1 << layers[-1].cluster_bits}", tuple(layers))
 
@@ -226,7 +285,9 @@ def _layer(dice: random.Random, size: int, bits: int, *, raw: bool, has_backing:
     data_file: Literal["", "plain", "raw"] = ""
     if version == 3 and not raw and dice.random() < 0.2:
         data_file = "plain" if has_backing else dice.choice(["plain", "raw"])
-    preallocation = "metadata" if not has_backing and not raw and dice.random() < 0.15 else "off"
+    preallocation = "off"
+    if not has_backing and not raw and dice.random() < 0.2:
+        preallocation = dice.choice(["metadata", "metadata", "falloc", "full"])
     writes = tuple(_write(dice, own, bits) for _ in range(0 if dice.random() < 0.1 else dice.randrange(1, 16)))
     if writes and not raw and preallocation == "off" and not data_file:
         writes = (*_compressed(dice, own, bits), *writes)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.judge import Judge, judge
 from tests.qemu_versions import INSTALLED, QemuBinaries, binaries_of
 from tests.servers import qemu_img, qemu_io, short_folder
 
@@ -24,6 +25,28 @@ def folder() -> Iterator[Path]:
 def binaries(request: pytest.FixtureRequest) -> QemuBinaries:
     """The programs of one QEMU release: the installed one, or one after the other with `qemu_versions.each_qemu`."""
     return binaries_of(getattr(request, "param", INSTALLED))
+
+
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, so that paths in messages are short."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_file_stays_open() -> Iterator[None]:
+    """Whatever a test opens is closed at its end, however it ended."""
+    open_files = Path("/proc/self/fd")
+    before = len(list(open_files.iterdir()))
+    yield
+    assert len(list(open_files.iterdir())) == before
+
+
+@pytest.fixture(scope="module")
+def qemu() -> Iterator[Judge]:
+    """QEMU as the judge of chains; one storage daemon a module."""
+    with judge() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from qmpnbd.images.check_file import CheckResult, check_image
 from qmpnbd.images.check_tables import compressed_places
 from qmpnbd.images.files import open_chain
 from qmpnbd.images.refcounts import block_entries, pack_refcounts, refcount_limit, unpack_refcounts
-from tests.chains import ChainRecipe, build, recipes
+from tests.chains import SECRET, encrypted_options, make_encrypted, run
 from tests.damage import VICTIMS, Victim, damage, make, number, places
 
 COPIED = 1 << 63
@@ -42,11 +42,11 @@ def ours(found: CheckResult) -> Numbers:
     }
 
 
-def theirs(path: Path) -> Numbers | None:
-    """What qemu-img counts; None if it does not check the image at all."""
+def theirs(path: Path, *options: str) -> Numbers | None:
+    """What qemu-img counts; None if it does not check the image at all. Options name the image in another way."""
     tool = shutil.which("qemu-img")
     assert tool, "qemu-img is not installed"
-    command = [tool, "check", "-f", "qcow2", "--output=json", str(path)]
+    command = [tool, "check", "--output=json", *(options or ("-f", "qcow2", str(path)))]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     if not done.stdout:
         return None
@@ -146,15 +146,29 @@ def test_where_compressed_data_lies() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.id)
-def test_sound_images(recipe: ChainRecipe, tmp_path: Path) -> None:
-    build(recipe, tmp_path)
-    images = sorted(tmp_path.glob("*.qcow2"))
-    assert len(images) == sum(layer.format == "qcow2" for layer in recipe.layers)
-    for image in images:
-        found = check_image(str(image))
-        assert found.findings.counts == {}
-        assert ours(found) == theirs(image)
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+def test_encrypted_images(kind: str, here: Path) -> None:
+    """qemu-img needs the key to open them, we do not; sound, and damaged."""
+    make_encrypted("a.qcow2", kind, "cluster_size=4k", "8M")
+    options = encrypted_options("a.qcow2", kind)
+    commands = ("write -q 0 50k", "write -q 3M 9k", "write -q -z 1M 64k", "discard -q 8k 4k")
+    run("qemu-io", *SECRET, *(part for command in commands for part in ("-c", command)), "--image-opts", options)
+    run("qemu-img", "snapshot", "-q", *SECRET, "-c", "s", "--image-opts", options)
+    whole = Path("a.qcow2").read_bytes()
+    compared = 0
+    for seed in range(40):
+        image = bytearray(whole)
+        if seed:
+            damage(image, random.Random(f"{kind} {seed}"))
+        Path("a.qcow2").write_bytes(image)
+        wanted = theirs(Path("a.qcow2"), *SECRET, "--image-opts", options)
+        if wanted is not None:
+            assert ours(check_image("a.qcow2")) == wanted, seed
+            compared += 1
+        if not seed:
+            assert wanted is not None
+            assert (wanted["corruptions"], wanted["leaks"]) == (0, 0)
+    assert compared > 25
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +234,16 @@ def test_refcounts_off_by_one(victim: Victim, beside: Path) -> None:
 @pytest.mark.real
 def test_windows_give_the_same_as_one(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = beside / "windows"
-    for name in ("order4", "order0", "order1", "smallest", "bitmaps", "extended"):
-        for seed in range(12):
+    # Narrow refcounts make thousands of windows.
+    for name, seeds in (
+        ("order4", 12),
+        ("order0", 2),
+        ("order1", 2),
+        ("smallest", 12),
+        ("bitmaps", 12),
+        ("extended", 12),
+    ):
+        for seed in range(seeds):
             image = bytearray((beside / f"{name}.qcow2").read_bytes())
             if seed:
                 damage(image, random.Random(seed))

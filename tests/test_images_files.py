@@ -24,24 +24,11 @@ from qmpnbd.images.chain import LayerSpec
 from qmpnbd.images.files import open_chain, open_layers
 from tests.handmade import COPIED, DATA, END, SIZE, ZERO, depths, put, qcow2_bytes, runs, write
 
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, so that paths in messages are short."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def _no_file_stays_open() -> object:
-    open_files = Path("/proc/self/fd")
-    before = len(list(open_files.iterdir()))
-    yield
-    assert len(list(open_files.iterdir())) == before
+pytestmark = pytest.mark.usefixtures("no_file_stays_open")
 
 
 @pytest.fixture
-def three_layers(folder: Path) -> str:
+def three_layers(here: Path) -> str:
     write("base.raw", bytes(1000))
     write("mid.qcow2", qcow2_bytes({3: ZERO, 70: COPIED | DATA}, size=100 * 512, backing="base.raw"))
     return write("top.qcow2", qcow2_bytes({0: COPIED | DATA}, backing="mid.qcow2", backing_format="qcow2"))
@@ -79,7 +66,7 @@ def test_an_explanation_names_the_entry_that_decided(three_layers: str) -> None:
     assert "L1 entry at byte 0x208 is 0x0000000000000000: no L2 table" in past.steps[0].text
 
 
-def test_an_explanation_of_what_nobody_holds_and_of_raw(folder: Path) -> None:
+def test_an_explanation_of_what_nobody_holds_and_of_raw(here: Path) -> None:
     write("a.qcow2", qcow2_bytes({1: 0}))
     with open_chain("a.qcow2") as chain:
         explanation = chain.explain(512)
@@ -102,22 +89,22 @@ def test_an_explanation_reads_the_file_anew(three_layers: str) -> None:
         assert chain.explain(0).layer == 2
         put(image, 0x400, (COPIED | END).to_bytes(8, "big"))
         Path(three_layers).write_bytes(image)
-        with pytest.raises(ImageTruncatedError, match="guest offset 0x0 should lie at host offset 0x20000"):
+        with pytest.raises(ImageTruncatedError, match="guest offset 0x0 should lie at bytes 0x20000"):
             chain.explain(0)
 
 
-def test_a_given_format_wins(folder: Path) -> None:
+def test_a_given_format_wins(here: Path) -> None:
     write("a.img", qcow2_bytes({}))
     with open_chain("a.img", format="raw") as chain:
         assert (chain.layers[0].format, chain.layers[0].format_probed, chain.size) == ("raw", False, END)
-    with pytest.raises(ImageUnsupportedError, match=r"a\.img: the format vhdx is not read here"):
-        open_chain("a.img", format="vhdx")
+    with pytest.raises(ImageUnsupportedError, match=r"a\.img: the format dmg is not read here"):
+        open_chain("a.img", format="dmg")
     write("b.img", b"x" * 512)
     with pytest.raises(ImageUnsupportedError, match=r"b\.img: the image is said to be qcow2"):
         open_chain("b.img", format="qcow2")
 
 
-def test_names_follow_symlinks_as_qemu_does(folder: Path) -> None:
+def test_names_follow_symlinks_as_qemu_does(here: Path) -> None:
     """A relative name is looked for beside the link, not beside the file it leads to."""
     for name in ("here", "there"):
         Path(name).mkdir()
@@ -128,7 +115,7 @@ def test_names_follow_symlinks_as_qemu_does(folder: Path) -> None:
         assert (chain.layers[1].path, chain.layers[1].size) == ("here/base.raw", 512)
 
 
-def test_names_relative_to_qemus_working_directory(folder: Path) -> None:
+def test_names_relative_to_qemus_working_directory(here: Path) -> None:
     Path("vm").mkdir()
     write("vm/base.raw", bytes(512))
     write("top.qcow2", qcow2_bytes({}, backing="file:base.raw", backing_format="raw"))
@@ -138,7 +125,7 @@ def test_names_relative_to_qemus_working_directory(folder: Path) -> None:
         open_chain("top.qcow2")
 
 
-def test_json_names(folder: Path) -> None:
+def test_json_names(here: Path) -> None:
     write("base.raw", bytes(4096))
     write("mid.qcow2", qcow2_bytes({}, backing="base.raw"))
     cut = '{"driver":"qcow2","file.filename":"mid.qcow2","backing":null}'
@@ -184,7 +171,7 @@ def test_layers_that_make_no_chain(specs: list[LayerSpec], words: str) -> None:
         open_layers(specs)
 
 
-def test_a_missing_file_is_named_with_its_overlay(folder: Path) -> None:
+def test_a_missing_file_is_named_with_its_overlay(here: Path) -> None:
     with pytest.raises(ImageMissingError, match=r"^top\.qcow2: no such file\. "):
         open_chain("top.qcow2")
     write("top.qcow2", qcow2_bytes({}, backing="gone/base.raw"))
@@ -196,7 +183,7 @@ def test_a_missing_file_is_named_with_its_overlay(folder: Path) -> None:
         open_chain("a\0b")
 
 
-def test_a_backing_file_that_is_not_local(folder: Path) -> None:
+def test_a_backing_file_that_is_not_local(here: Path) -> None:
     write("top.qcow2", qcow2_bytes({}, backing="nbd://host/x"))
     with pytest.raises(BackingNotLocalError, match=r"^top\.qcow2: its backing file nbd://host/x"):
         open_chain("top.qcow2")
@@ -236,7 +223,7 @@ def test_a_stopped_deadline_ends_the_work(three_layers: str) -> None:
         open_chain(three_layers, deadline=deadline)
 
 
-def test_what_lies_behind_the_disks_end_does_not_count(folder: Path) -> None:
+def test_what_lies_behind_the_disks_end_does_not_count(here: Path) -> None:
     bad = COPIED | 0xFFFFFFFFFFE00
     entries = {0: COPIED | DATA, 10: bad, 64: bad}
     image = qcow2_bytes(entries, size=SIZE)
@@ -250,7 +237,7 @@ def test_what_lies_behind_the_disks_end_does_not_count(folder: Path) -> None:
     assert depths("top.qcow2") == runs((1, 2), (9, 0))
 
 
-def test_tables_that_are_shared_or_out_of_order(folder: Path) -> None:
+def test_tables_that_are_shared_or_out_of_order(here: Path) -> None:
     image = bytearray(qcow2_bytes({0: ZERO, 64: 0, 130: 0, 200: ZERO}, size=5 * 64 * 512))
     first, second = bytes(image[0x200:0x208]), bytes(image[0x208:0x210])
     put(image, 0x200, second + first + first + bytes(8) + first)
@@ -258,7 +245,7 @@ def test_tables_that_are_shared_or_out_of_order(folder: Path) -> None:
     assert depths(write("a.qcow2", bytes(image))) == wanted
 
 
-def test_images_of_no_size(folder: Path) -> None:
+def test_images_of_no_size(here: Path) -> None:
     assert depths(write("a.qcow2", qcow2_bytes({}, size=0))) == ExtentMap([], [])
     assert depths(write("b.raw", b"")) == ExtentMap([], [])
     write("top.qcow2", qcow2_bytes({}, backing="b.raw"))

@@ -13,10 +13,8 @@ from qmpnbd.images.raw import raw_size
     ("start", "found"),
     [
         (b"QFI\xfb\0\0\0\x01", "qcow"),
-        (b"conectix\0", "vpc"),
-        (b"vhdxfile", "vhdx"),
-        (b"WithoutFreeSpace", "parallels"),
-        (b"WithouFreSpacExt", "parallels"),
+        (b"Bochs Virtual HD Image", "bochs"),
+        (b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
     ],
 )
 def test_other_formats_are_refused_by_name(start: bytes, found: str) -> None:
@@ -32,6 +30,10 @@ def test_other_formats_are_refused_by_name(start: bytes, found: str) -> None:
         (b"# Disk DescriptorFile\nversion=1\n", "vmdk"),
         (b"# x\r\n\r\nversion=3\r\nmore", "vmdk"),
         (b"QED\0", "qed"),
+        (b"conectix\0", "vpc"),
+        (b"vhdxfile", "vhdx"),
+        (b"WithoutFreeSpace", "parallels"),
+        (b"WithouFreSpacExt", "parallels"),
         (b"LUKS\xba\xbe\0\x01", "luks"),
         (b"<<< Oracle VM".ljust(64) + b"\x7f\x10\xda\xbe", "vdi"),
     ],

@@ -16,13 +16,18 @@ import pytest
 
 from qmpnbd.errors import ImageError, UsageError
 from qmpnbd.extents import ExtentMap
-from qmpnbd.images.chain import Layer
+from qmpnbd.images.chain import Format, Layer, LayerSpec
+from qmpnbd.images.files import _Opening
 from qmpnbd.images.hostfile import HostFile
-from qmpnbd.images.layers import Chain, Member
+from qmpnbd.images.layers import Chain
+from qmpnbd.images.members import Member
 from qmpnbd.images.qcow2_file import Qcow2File
 from qmpnbd.images.qcow2_metadata import select_snapshot
 from qmpnbd.images.qcow2_source import Qcow2Source
+from qmpnbd.images.vmdk_flat import flat_extents
 from tests.chains import run
+from tests.test_images_blocks import DESCRIPTOR, MAKERS, summed
+from tests.test_images_otherformats import qed
 
 COUNT = 20_000
 CHUNKS = 8
@@ -53,6 +58,14 @@ class MemoryFile(HostFile):
         piece = self.data[offset : offset + len(buffer)]
         buffer[: len(piece)] = piece
         return len(piece)
+
+
+def layer_of(data: bytes, kind: Format) -> Chain:
+    """Opens an image that is not qcow2 as the last layer of a chain."""
+    opening = _Opening(None, "")
+    with opening.files:
+        opening.add(MemoryFile(data, f"a.{kind}"), LayerSpec(f"a.{kind}", kind, 1), is_last=True)
+        return opening.chain()
 
 
 def chain_of(data: bytes, snapshot: str | None) -> Chain:
@@ -149,3 +162,115 @@ def test_mutated_images(chunk: int, images: list[bytes]) -> None:
             raise AssertionError(f"chunk {chunk}, image {number}") from error
         assert time.monotonic() - started < SECONDS_EACH, f"chunk {chunk}, image {number}"
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before < MEMORY
+
+
+OTHERS = 6_000
+SPOTS = {
+    "vdi": [(64, 80), (340, 456), (512, 532)],
+    "vpc": [(0, 84), (512, 560), (1536, 1556)],
+    "parallels": [(0, 84)],
+    "vhdx": [(64 << 10, (64 << 10) + 80), (128 << 10, (128 << 10) + 80), (192 << 10, (192 << 10) + 80),
+             (1 << 20, (1 << 20) + 192), ((1 << 20) + 65536, (1 << 20) + 65576), (2 << 20, (2 << 20) + 40)],
+    "qed": [(0, 72), (4096, 4104), (8192, 8256)],
+    "vmdk": [(0, 80), (512, 700), (0x2A00, 0x2A10), (0x2C00, 0x2C20), (0x5400, 0x5440)],
+    "luks": [(0, 112)],
+}  # fmt: skip
+"""Where the structures of our small images lie."""
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[Format, bytes]:
+    """An image of every format that is not qcow2 and has a header of its own."""
+    path = tmp_path_factory.mktemp("others") / "a.vmdk"
+    run("qemu-img", "create", "-q", "-f", "vmdk", path, "8M")
+    run("qemu-io", "-f", "vmdk", "-c", "write -q 1M 100k", path)
+    head = b"LUKS\xba\xbe\0\1".ljust(104, b"\0") + (8).to_bytes(4, "big")
+    made: dict[Format, bytes] = {
+        "qed": qed({1: 1, 3: 12288}),
+        "vmdk": path.read_bytes(),
+        "luks": head.ljust(9000, b"x"),
+    }
+    made.update({"vdi": MAKERS["vdi"](), "vpc": MAKERS["vpc"]()})
+    made.update({"parallels": MAKERS["parallels"](), "vhdx": MAKERS["vhdx"]()})
+    return made
+
+
+def damaged(image: bytes, kind: Format, dice: random.Random) -> bytes:
+    """Changes something in the structures; most checksums are made good again, or nothing behind them is ever read."""
+    data = bytearray(image)
+    for _ in range(dice.choice([1, 1, 2, 3])):
+        at = dice.randrange(*dice.choice(SPOTS[kind]))
+        words = [
+            b"\xff" * 8,
+            bytes(8),
+            dice.randbytes(8),
+            dice.randbytes(2),
+            b"\xff",
+            b"\x80",
+            b"\x01",
+            dice.randbytes(1),
+        ]
+        word = dice.choice(words)
+        data[at : at + len(word)] = word
+    if kind == "vpc" and dice.random() < 0.9:
+        data[64:68] = bytes(4)
+        data[64:68] = (~sum(data[:512]) & 0xFFFFFFFF).to_bytes(4, "big")
+    if kind == "vhdx":
+        for start, length in ((64 << 10, 4096), (128 << 10, 4096), (192 << 10, 65536)):
+            if data[start : start + length] != image[start : start + length] and dice.random() < 0.9:
+                data[start : start + length] = summed(bytes(data[start : start + length]))
+    if dice.random() < 0.1:
+        del data[dice.randrange(len(data)) :]
+    return bytes(data)
+
+
+def look_at_layer(data: bytes, kind: Format, dice: random.Random) -> bool:
+    """Whether all that can be asked of it was answered; what is wrong may only ever end in a documented error."""
+    try:
+        with layer_of(data, kind) as chain:
+            if chain.size > 1 << 40:
+                return False
+            depth, unreadable = chain.depth_with_errors()
+            assert depth.size == chain.size
+            if chain.size:
+                chain.explain(dice.randrange(chain.size))
+                chain.locate(dice.randrange(chain.size))
+            if not unreadable:
+                assert sum(int(batch.lengths.sum()) for batch in chain.map_entries()) == chain.size
+                assert chain.base_allocation().size == chain.size
+            chain.read(0, min(chain.size, 1 << 20))
+            return True
+    except (ImageError, UsageError):
+        return False
+
+
+def test_mutated_images_of_other_formats(others: dict[Format, bytes]) -> None:
+    dice = random.Random(5)
+    answered: dict[Format, int] = dict.fromkeys(others, 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    for kind, image in others.items():
+        for number in range(OTHERS // (40 if kind == "vhdx" else 8)):  # its checksums take longer than all the rest
+            started = time.monotonic()
+            try:
+                answered[kind] += look_at_layer(damaged(image, kind, dice), kind, dice)
+            except Exception as error:
+                raise AssertionError(f"{kind}, image {number}") from error
+            assert time.monotonic() - started < SECONDS_EACH, f"{kind}, image {number}"
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before < MEMORY
+    assert not answered.pop("luks"), "the data of luks is never read"
+    assert all(answered.values()), answered
+
+
+def test_mutated_vmdk_descriptors() -> None:
+    dice = random.Random(6)
+    for _ in range(3000):
+        data = bytearray(DESCRIPTOR.encode())
+        for _ in range(dice.randrange(1, 5)):
+            at = dice.randrange(len(data))
+            data[at : at + dice.randrange(3)] = dice.choice(
+                [b"9", b" ", b"\n", b'"', b"\xff", b"\0", dice.randbytes(3), b"RW 9"]
+            )
+        try:
+            assert all(extent.size > 0 <= extent.offset for extent in flat_extents(bytes(data), "a.vmdk"))
+        except ImageError:
+            continue

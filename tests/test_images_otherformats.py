@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qmpnbd.errors import ImageCorruptError, ImageError, ImageTruncatedError, ImageUnsupportedError, UsageError
-from qmpnbd.extents import ExtentMap
+from qmpnbd.extents import Extent, ExtentMap
 from qmpnbd.images.chain import LayerSpec
 from qmpnbd.images.files import open_chain, open_layers
 from qmpnbd.images.status import Status
-from tests.chains import run
-from tests.judge import DEPTH, Judge, judge, qemu_map
+from tests.chains import SECRET, create_with_key, run
+from tests.judge import BASE, DEPTH, Judge, qemu_map
 from tests.test_images_differential import entries
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def qemu() -> Iterator[Judge]:
-    with judge() as started:
-        yield started
-
 
 TABLED = [
     ("qed", "cluster_size=4k"),
@@ -43,8 +30,8 @@ TABLED = [
 
 @pytest.mark.real
 @pytest.mark.parametrize(("kind", "options"), TABLED)
-def test_layers_with_tables(kind: str, options: str, folder: Path, qemu: Judge) -> None:
-    base, mid, top = folder / "base.img", folder / f"mid.{kind}", folder / "top.qcow2"
+def test_layers_with_tables(kind: str, options: str, here: Path, qemu: Judge) -> None:
+    base, mid, top = here / "base.img", here / f"mid.{kind}", here / "top.qcow2"
     below = "vmdk" if kind == "vmdk" else "raw"  # QEMU wants it so
     run("qemu-img", "create", "-q", "-f", below, base, "40M")
     behind = [] if "stream" in options else ["-b", base.name, "-F", below]
@@ -74,32 +61,38 @@ def test_layers_with_tables(kind: str, options: str, folder: Path, qemu: Judge) 
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("kind", "options"), [("vdi", ""), ("vdi", "static=on"), ("luks", "key-secret=s")])
-def test_layers_that_are_allocated_everywhere(kind: str, options: str, folder: Path, qemu: Judge) -> None:
-    base, top = folder / f"base.{kind}", folder / "top.qcow2"
-    secret = ["--object", "secret,id=s,data=123456"] if kind == "luks" else []
-    more = ["-o", f"{options},iter-time=10" if secret else options] if options else []
-    run("qemu-img", "create", "-q", *secret, "-f", kind, *more, base, "3000k")
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", base.name, "-F", kind, top, "4M")
-    run("qemu-io", "-f", "qcow2", "-c", "write -q -z 64k 64k", top) if kind == "vdi" else None
-    with open_chain(str(top)) as chain:
+def test_luks_is_data_everywhere(here: Path, qemu: Judge) -> None:
+    """QEMU needs the key to open it, we do not; block status is nobody's secret."""
+    base, top = "base.luks", "top.qcow2"
+    create_with_key("-f", "luks", "-o", "key-secret=s,iter-time=10", base, "3000k")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", base, "-F", "luks", top, "4M")
+    options = "driver=luks,key-secret=s,file.filename=base.luks"
+    theirs = json.loads(run("qemu-img", "map", "--output=json", *SECRET, "--image-opts", options))
+    qemu.command("object-add", qom_type="secret", id="s", data="123456")
+    served = qemu.maps(here / base, "luks", key_secret="s")
+    with open_chain(base) as chain:
+        assert chain.layers[0].format == "luks"
+        assert entries(chain) == theirs
+        assert chain.base_allocation("7.2") == served[BASE]
+        assert chain.allocation_depth() == served[DEPTH]
+        assert chain.locate(0) == (0, base, None)
+        with pytest.raises(ImageUnsupportedError, match="the data of the format luks is not read here"):
+            chain.read(0, 1)
+    with open_chain(top) as chain:
         assert chain.layers[1].size == 3000 << 10
-        assert set(chain.allocated(1).totals()) == {1}
-        assert chain.allocation_depth().at(0) == 2
-        if kind == "vdi":
-            assert chain.allocation_depth() == qemu.maps(top)[DEPTH]
-        with pytest.raises(ImageUnsupportedError, match=f"where the format {kind} places its data"):
-            list(chain.map_entries())
-        assert chain.locate(0) == (1, str(base), None)
+        assert list(chain.allocation_depth()) == [Extent(0, 4 << 20, 2)]
+        # Past the end of the luks layer nothing is encrypted.
+        assert chain.read(3000 << 10, 100) == bytes(100)
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    ("subformat", "words"), [("monolithicFlat", "other files"), ("twoGbMaxExtentSparse", "other files")]
-)
-def test_a_vmdk_of_several_files_is_refused(subformat: str, words: str, folder: Path) -> None:
+@pytest.mark.parametrize("subformat", ["twoGbMaxExtentSparse", "monolithicSparse"])
+def test_a_vmdk_of_several_sparse_files_is_refused(subformat: str, here: Path) -> None:
     run("qemu-img", "create", "-q", "-f", "vmdk", "-o", f"subformat={subformat}", "a.vmdk", "1M")
-    with pytest.raises(ImageUnsupportedError, match=words):
+    if subformat == "monolithicSparse":  # said to be in two parts, with one header
+        image = Path("a.vmdk").read_bytes()
+        Path("a.vmdk").write_bytes(image.replace(b"\nRW ", b'\nRW 1 SPARSE "x"\nRW ', 1))
+    with pytest.raises(ImageUnsupportedError, match=r"'twoGbMaxExtentSparse'|several extents"):
         open_chain("a.vmdk")
 
 
@@ -113,7 +106,7 @@ def qed(entries_: dict[int, int], backing: bytes = b"", **fields: int) -> bytes:
     return (head + backing).ljust(4096, b"\0") + top.ljust(4096, b"\0") + second + bytes(8192)
 
 
-def test_qed_entries(folder: Path) -> None:
+def test_qed_entries(here: Path) -> None:
     Path("a.qed").write_bytes(qed({1: 1, 3: 12288, 4: 16384, 6: 12289, 7: 1 << 40}))
     with open_chain("a.qed") as chain:
         statuses = chain.statuses(0)
@@ -146,34 +139,12 @@ def test_qed_entries(folder: Path) -> None:
         ({"second": 1 << 40}, ImageTruncatedError),
     ],
 )
-def test_qed_headers_that_cannot_be(fields: dict[str, int], error: type[ImageError], folder: Path) -> None:
+def test_qed_headers_that_cannot_be(fields: dict[str, int], error: type[ImageError], here: Path) -> None:
     Path("a.qed").write_bytes(qed({1: 1}, b"", **fields))
     with pytest.raises(error), open_chain("a.qed") as chain:
         chain.allocation_depth()
 
 
-def test_damaged_headers_raise_documented_errors_only(folder: Path) -> None:
-    dice = random.Random(5)
-    run("qemu-img", "create", "-q", "-f", "vmdk", "a.vmdk", "8M")
-    run("qemu-img", "create", "-q", "-f", "vdi", "a.vdi", "8M")
-    images = [qed({1: 1, 3: 12288}, backing=b"b.raw"), Path("a.vmdk").read_bytes(), Path("a.vdi").read_bytes()]
-    Path("b.raw").write_bytes(bytes(8192))
-    for kind, whole in zip(("qed", "vmdk", "vdi"), images, strict=True):
-        for round_ in range(300):
-            image = bytearray(whole)
-            if round_ % 3 == 0:
-                del image[dice.randrange(len(image)) :]
-            for _ in range(dice.randrange(1, 4)):
-                if image:
-                    image[dice.randrange(min(len(image), 1200))] = dice.choice([0, 1, 0x7F, 0xFF, dice.randrange(256)])
-            Path("x").write_bytes(image)
-            try:
-                with open_chain("x", format=kind) as chain:
-                    assert chain.depth_with_errors()[0].size == chain.size
-            except ImageError:
-                continue
-
-
-def test_layers_given_by_somebody_who_errs(folder: Path) -> None:
+def test_layers_given_by_somebody_who_errs(here: Path) -> None:
     with pytest.raises(UsageError, match="a vdi layer ends the chain"):
         open_layers([LayerSpec("a", "vdi", 1), LayerSpec("b", "raw", 2)])

@@ -160,6 +160,7 @@ def test_the_backing_format_among_other_extensions() -> None:
     [
         area((BACKING_FORMAT, b"0123456789abcdef")),
         area((1, bytes(64)))[:40],
+        b"\x12\x34\x56\x78\xff\xff\xff\xff" + bytes(64),  # 4 GiB
         b"\xff" * 8,
         area((BACKING_FORMAT, b"raw"))[:10],
         area((BACKING_FORMAT, b"raw"))[:5],

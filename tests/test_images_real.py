@@ -32,14 +32,15 @@ def served(top: Path, image_format: str = "qcow2") -> ExtentMap:
     return ExtentMap.of_extents((extent["length"], extent["type"]) for extent in extents)
 
 
-def mapped(top: Path, image_format: str = "qcow2") -> ExtentMap:
-    """What qemu-img says, in NBD's numbers.
+def mapped(top: Path, sizes: Sequence[int], image_format: str = "qcow2") -> tuple[ExtentMap, bool]:
+    """What qemu-img says, in NBD's numbers; and whether it tells what nobody holds apart, which 5.2 does not.
 
     It counts from 0. Past the end of a short backing file it names the layer above, where NBD names the short one.
     """
-    sizes = sizes_in_qemu(top, image_format)
     entries = json.loads(run("qemu-img", "map", "--output=json", "-f", image_format, top))
-    return ExtentMap.of_extents(piece for entry in entries for piece in _pieces(entry, sizes))
+    tells = "present" in entries[0]
+    pieces = (piece for entry in entries for piece in _pieces({"present": True, **entry}, sizes))
+    return ExtentMap.of_extents(pieces), tells
 
 
 def _pieces(entry: dict[str, int], sizes: Sequence[int]) -> Iterable[tuple[int, int]]:
@@ -52,6 +53,16 @@ def _pieces(entry: dict[str, int], sizes: Sequence[int]) -> Iterable[tuple[int, 
     return [(inside, 0), (length - inside, depth + 2)]
 
 
+def blurred(depths: ExtentMap, sizes: Sequence[int]) -> ExtentMap:
+    """What qemu-img 5.2 can say of a map: what nobody holds is the last layer's, what is too short the one's above."""
+    pieces: list[tuple[int, int]] = []
+    for extent in depths:
+        number = extent.value or len(sizes)
+        inside = min(max(sizes[number - 1] - extent.offset, 0), extent.end - extent.offset)
+        pieces += [(inside, number), (extent.end - extent.offset - inside, number - 1)]
+    return ExtentMap.of_extents(pieces)
+
+
 def sizes_in_qemu(top: Path, image_format: str = "qcow2") -> list[int]:
     chain = json.loads(run("qemu-img", "info", "--backing-chain", "--output=json", "-f", image_format, top))
     return [image["virtual-size"] for image in chain]
@@ -61,8 +72,10 @@ def agree(top: Path, chain: Chain) -> ExtentMap:
     """Asserts that all three judges say the same, and that `explain` agrees with the map it explains."""
     computed = chain.allocation_depth()
     assert computed == served(top)
-    assert computed == mapped(top)
-    assert [layer.size for layer in chain.layers] == sizes_in_qemu(top)
+    sizes = sizes_in_qemu(top)
+    assert [layer.size for layer in chain.layers] == sizes
+    said, tells = mapped(top, sizes)
+    assert said == (computed if tells else blurred(computed, sizes))
     for extent in list(computed)[:40]:
         for offset in (extent.offset, extent.end - 1):
             explanation = chain.explain(offset)

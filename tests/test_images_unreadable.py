@@ -22,12 +22,6 @@ CLUSTER = 32 * SUB
 HOST = 0x10000
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def qemu_serves(path: str, offset: int) -> bool | None:
     """Whether QEMU says that a sector is allocated; None for an I/O error. A process each: one error taints a node."""
     command = [tool("qemu-io"), "-r", "-f", "qcow2", "-c", f"alloc {offset} 512", path]
@@ -70,7 +64,7 @@ ENTRIES: list[tuple[int, int]] = [
 @pytest.mark.real
 @pytest.mark.parametrize(("entry", "bitmap"), ENTRIES)
 @pytest.mark.parametrize("data_file", [False, True])
-def test_extended_entries_as_qemu_reads_them(entry: int, bitmap: int, data_file: bool, folder: Path) -> None:
+def test_extended_entries_as_qemu_reads_them(entry: int, bitmap: int, data_file: bool, here: Path) -> None:
     name = "d.raw" if data_file else ""
     write("d.raw", bytes(END))
     # Guest cluster 4 is where a data file must have host offset HOST.
@@ -88,7 +82,7 @@ def test_extended_entries_as_qemu_reads_them(entry: int, bitmap: int, data_file:
     "entry",
     [0, COPIED, COPIED | 0x800, COPIED | 0xA00, 0x800, ZERO, ZERO | 0x800, ZERO | 0xA00, COPIED | ZERO, COMPRESSED],
 )
-def test_entries_with_a_data_file_as_qemu_reads_them(entry: int, folder: Path) -> None:
+def test_entries_with_a_data_file_as_qemu_reads_them(entry: int, here: Path) -> None:
     write("d.raw", bytes(END))
     for cluster in (0, 4):
         write("a.qcow2", qcow2_bytes({cluster: entry}, size=5 * 512, data_file="d.raw", **REFCOUNTS))
@@ -98,11 +92,15 @@ def test_entries_with_a_data_file_as_qemu_reads_them(entry: int, folder: Path) -
         assert served == (None if ours == Status.UNREADABLE else ours != Status.UNALLOCATED), cluster
 
 
-def test_a_map_goes_on_around_what_is_unreadable(folder: Path) -> None:
+def test_a_map_goes_on_around_what_is_unreadable(here: Path) -> None:
     bad = COPIED | DATA | 0x200
     write("a.qcow2", qcow2_bytes({3: bad, 4: bad, 9: COPIED | DATA}, cluster_bits=10, size=128 * 512))
     with open_chain("a.qcow2") as chain:
         depth, unreadable = chain.depth_with_errors()
+        assert chain.base_allocation_with_errors() == (
+            runs((6, 3), (4, UNREADABLE_DEPTH), (8, 3), (2, 0), (108, 3)),
+            unreadable,
+        )
         statuses = chain.statuses(0).statuses
         with pytest.raises(ImageCorruptError, match="L2 entry at byte 0x818: the host offset lies inside"):
             chain.allocation_depth()
@@ -122,7 +120,7 @@ def test_a_map_goes_on_around_what_is_unreadable(folder: Path) -> None:
     assert only.reason.startswith("L2 entry at byte 0x818: the host offset lies inside a cluster")
 
 
-def test_what_upper_layers_cover_is_no_error(folder: Path) -> None:
+def test_what_upper_layers_cover_is_no_error(here: Path) -> None:
     bad = COPIED | DATA | 0x200
     write("base.qcow2", qcow2_bytes({3: bad, 70: bad}, cluster_bits=10, size=128 * 1024))
     write("top.qcow2", qcow2_bytes({6: ZERO, 7: ZERO}, size=128 * 1024, backing="base.qcow2", backing_format="qcow2"))
@@ -137,7 +135,7 @@ def test_what_upper_layers_cover_is_no_error(folder: Path) -> None:
     assert (half.offset, half.end) == (7 * 512, 8 * 512)
 
 
-def test_an_l2_table_inside_a_cluster(folder: Path) -> None:
+def test_an_l2_table_inside_a_cluster(here: Path) -> None:
     image = bytearray(qcow2_bytes({}, cluster_bits=10, size=256 * 1024))
     put(image, 0x400, (COPIED | 0xA00).to_bytes(8, "big"))
     write("a.qcow2", bytes(image))
@@ -147,7 +145,7 @@ def test_an_l2_table_inside_a_cluster(folder: Path) -> None:
     assert only.reason.startswith("L1 entry at byte 0x400: L2 table 0 does not start at a cluster")
 
 
-def test_reasons_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_are_bounded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qmpnbd.images.layers.MAX_UNREADABLE", 3)
     bad = dict.fromkeys(range(0, 60, 2), COPIED | DATA | 0x200)
     write("a.qcow2", qcow2_bytes(bad, cluster_bits=10, size=60 * 1024))
@@ -157,7 +155,7 @@ def test_reasons_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert depth.totals()[UNREADABLE_DEPTH] == 30 * 1024
 
 
-def test_what_is_cut_off_stays_an_error_of_the_whole(folder: Path) -> None:
+def test_what_is_cut_off_stays_an_error_of_the_whole(here: Path) -> None:
     write("a.qcow2", qcow2_bytes({3: COPIED | END}))
     with open_chain("a.qcow2") as chain:
         with pytest.raises(ImageTruncatedError):
@@ -167,7 +165,7 @@ def test_what_is_cut_off_stays_an_error_of_the_whole(folder: Path) -> None:
         assert chain.statuses(0, 0, 1024).statuses == runs((2, 0)), "another window"
 
 
-def test_tables_below_what_upper_layers_hold_are_not_read(folder: Path) -> None:
+def test_tables_below_what_upper_layers_hold_are_not_read(here: Path) -> None:
     """The second table of the base lies beyond the end of its file, which matters only where it can be seen."""
     base = bytearray(qcow2_bytes({0: ZERO, 64: ZERO}))
     put(base, 0x208, (COPIED | END).to_bytes(8, "big"))

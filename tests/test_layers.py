@@ -22,6 +22,7 @@ DOORS |= {"qmp.teardown", "qmp.process", "qmp.rundir"}
 DOORS |= {"qmp.checkpoints", "qmp.populate", "qmp.agent", "qmp.agent_journal", "qmp.quiesce"}
 DOORS |= {"images.files", "images.layers", "images.hostfile", "images.qcow2_file"}
 DOORS |= {"images.qcow2_source", "images.qcow2_metadata", "images.tabled_source", "images.check_file", "images.content"}
+DOORS |= {"images.block_source", "images.members"}
 """Layer 2; everything else below nbd, qmp and images is layer 1."""
 
 RUN_MODULES = {"validate.run", "validate.live", "control.populate"}

@@ -111,6 +111,12 @@ def test_a_file_name_in_json_form() -> None:
     assert chain_of(graph(node("f", "file", name)), "f")[0].filename == "/images/x"
 
 
+def test_an_external_data_file_is_no_layer() -> None:
+    nodes = (node("w", "qcow2", file="f", **{"data-file": "t"}), node("t", "throttle", file="d"))
+    (link,) = chain_of(graph(*nodes, node("f", "file", "/images/x"), node("d", "file", "/data/y")), "w")
+    assert (link.filename, link.data_file, link.allocation_depth) == ("/images/x", "/data/y", 1)
+
+
 @pytest.mark.parametrize(
     ("nodes", "error", "words"),
     [
@@ -124,7 +130,11 @@ def test_a_file_name_in_json_form() -> None:
         ((node("w", "raw", file="r"), node("r", "rbd")), DiskNotLocalError, "rbd"),
         ((node("w", "qcow2", file="r"), node("r", "nbd")), DiskNotLocalError, "nbd"),
         ((node("w", "null-co"),), DiskNotLocalError, "null-co"),
-        ((node("w", "qcow2", file="f", **{"data-file": "f"}), node("f", "file")), ImageUnsupportedError, "data file"),
+        (
+            (node("w", "qcow2", file="f", **{"data-file": "d"}), node("f", "file"), node("d", "nbd")),
+            DiskNotLocalError,
+            "nbd",
+        ),
         ((node("w", "throttle"),), GraphUnsupportedError, "no child"),
         ((node("w", "qcow2"),), GraphUnsupportedError, "no file"),
         ((node("w", "qcow2", file="gone"),), GraphUnsupportedError, "does not describe"),

@@ -145,6 +145,28 @@ def test_a_raw_window_of_a_file(empty_daemon: Server, three_layers: Path) -> Non
     assert (report.verdict, report.size, totals(report)) == ("agreed", 65536, {1: 65536})
 
 
+@pytest.mark.parametrize("raw", ["off", "on"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_external_data_file(empty_daemon: Server, tmp_path: Path, raw: str, replaced: bool) -> None:
+    """Under a backing file it is no layer; and QEMU may have been given another file than the one recorded."""
+    base, top, data = tmp_path / "base.qcow2", tmp_path / "top.qcow2", tmp_path / "data.raw"
+    behind = [] if raw == "on" else ["-b", str(base), "-F", "qcow2"]
+    qemu_img("create", "-q", "-f", "qcow2", base, "8M")
+    qemu_io(base, "write 4M 100k")
+    options = f"data_file={data},data_file_raw={raw},preallocation={'metadata' if raw == 'on' else 'off'}"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, *behind, top, "8M")
+    qemu_io(top, "write 1M 64k", "discard 1M 64k", "write 2M 1000k", "write -z 6M 64k")
+    more: dict[str, object] = {}
+    if replaced:
+        data.rename(tmp_path / "moved.raw")
+        more = {"data-file": {"driver": "file", "filename": str(tmp_path / "moved.raw")}}
+    with added(empty_daemon, image(top, "top", **more)):
+        report = judged(empty_daemon, "top")
+    assert report.verdict == "agreed"
+    assert len(report.layers) == 1 + len(behind) // 4
+    assert totals(report)[1] > 1000 << 10
+
+
 def test_nodes_inside_a_chain_and_protocol_nodes(empty_daemon: Server, three_layers: Path) -> None:
     file = {"driver": "file", "node-name": "f", "read-only": True, "filename": str(three_layers / "base.raw")}
     base = {"driver": "raw", "node-name": "base", "read-only": True, "file": "f"}

@@ -87,9 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _refuse_nonsense(arguments: argparse.Namespace) -> None:
     if arguments.bitmaps and (arguments.nbdinfo or arguments.nbdinfo_text or arguments.qemu_img or arguments.info):
         raise UsageError("it can be text or --json only", where="--bitmaps")
-    if arguments.qemu_img and arguments.qemu == "5.2":
-        remedy = "Choose --qemu 7.2 or --qemu 10.0."
-        raise UsageError("the form of qemu-img 5.2 is not known", where="--qemu-img", remedy=remedy)
     if arguments.context not in (_DEPTH, _BASE) and not arguments.context.startswith(_BITMAP):
         remedy = f"Known are {_DEPTH}, {_BASE} and {_BITMAP}NAME."
         raise UsageError(f"{arguments.context!r} cannot be computed", where="--context", remedy=remedy)
@@ -151,9 +148,10 @@ def _map(arguments: argparse.Namespace, chain: Chain) -> int:
 
 
 def _computed(arguments: argparse.Namespace, chain: Chain, *, whole: bool) -> tuple[ExtentMap, list[Unreadable]]:
-    """Computes the map that was asked for; only of allocation depth there can be one with unreadable ranges."""
+    """Computes the map that was asked for, in which ranges may be unreadable unless it must be whole."""
     if arguments.context == _BASE:
-        return chain.base_allocation(arguments.qemu), []
+        generation = arguments.qemu
+        return (chain.base_allocation(generation), []) if whole else chain.base_allocation_with_errors(generation)
     if arguments.context.startswith(_BITMAP):
         return chain.bitmap(0, arguments.context.removeprefix(_BITMAP)), []
     return (chain.allocation_depth(), []) if whole else chain.depth_with_errors()

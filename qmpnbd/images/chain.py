@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Format: TypeAlias = Literal["qcow2", "raw", "qed", "vmdk", "vdi", "luks"]
+Format: TypeAlias = Literal["qcow2", "raw", "qed", "vmdk", "vdi", "vpc", "vhdx", "parallels", "luks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class LayerSpec:
         node_name: the format node in QEMU, for messages.
         offset: raw only: where the layer starts in the file.
         size: raw only: bytes of the layer; None for the rest of the file.
+        data_file: qcow2 only: the external data file, whatever name the image records for it; "" to go by that name.
     """
 
     path: str
@@ -34,6 +35,7 @@ class LayerSpec:
     node_name: str = ""
     offset: int = 0
     size: int | None = None
+    data_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from qmpnbd.images.check import I64, Findings, Ledger, Rule, Severity, Use
 from qmpnbd.images.check_metadata import BitmapTable, SnapshotTable, bitmap_clusters, read_bitmaps, read_snapshots
 from qmpnbd.images.formats import PROBE_LENGTH, probe
 from qmpnbd.images.hostfile import HostFile
-from qmpnbd.images.names import printable
 from qmpnbd.images.qcow2_format import (
     BITMAPS_BIT,
     CHECK,
@@ -40,6 +39,7 @@ from qmpnbd.images.qcow2_format import (
 )
 from qmpnbd.images.raw import rounded_up
 from qmpnbd.images.refcounts import BLOCK_MASK, MAX_ORDER, RESERVED_MASK, block_entries, unpack_refcounts
+from qmpnbd.printable import printable
 
 WINDOW = 1 << 24  # host clusters counted at a time
 MAX_CLUSTERS = (1 << 31) - 1  # QEMU's limit

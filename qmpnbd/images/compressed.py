@@ -10,7 +10,9 @@ What follows the compressed stream up to the end of its last sector belongs to s
 exactly one cluster; more is never unpacked, so that a small file cannot become a large one in memory.
 
 Type 0 is raw deflate (RFC 1951; QEMU writes with a window of 4 KiB, and reads any), type 1 zstd (RFC 8878).
-Source: "Qcow2 Image File Format", Compressed Clusters, of QEMU's interoperability documents.
+A grain of a vmdk file is a marker and a zlib stream (RFC 1950).
+Sources: "Qcow2 Image File Format", Compressed Clusters, of QEMU's interoperability documents;
+"Virtual Disk Format 5.0", Stream-Optimized Compressed Sparse Extents.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ ZSTD = 1
 Decompress: TypeAlias = Callable[[bytes, int], bytes | None]
 """From a stream, with whatever follows it, and a cluster size to a cluster; None if it does not make one."""
 
+GRAIN_MARKER = 12
+"""Bytes before the compressed data of a vmdk grain: a sector of the disk (8), and the length of what follows (4)."""
 _WINDOW_BITS = -15  # negative: no header, no checksum
 _ZSTD_MODULES = ("compression.zstd", "backports.zstd")  # one interface
 
@@ -56,6 +60,16 @@ def decompressor(compression_type: int, where: str) -> Decompress:
         where=where,
         remedy="Install it with: pip install 'qmpnbd[zstd]'.",
     )
+
+
+def inflate_grain(data: bytes, size: int) -> bytes | None:
+    """Unpacks a grain of a vmdk file to at most `size` bytes, fewer only if it has no more; None if it is broken."""
+    stream = zlib.decompressobj()
+    try:
+        grain = stream.decompress(data, size)
+    except zlib.error:
+        return None
+    return grain if stream.eof or len(grain) == size else None
 
 
 def _imported(name: str) -> Any:

@@ -14,23 +14,28 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import pairwise
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ChainError, UsageError
 from qmpnbd.images import depth
+from qmpnbd.images.block_source import open_blocks, open_vpc
 from qmpnbd.images.chain import Layer, LayerSpec
 from qmpnbd.images.formats import PROBE_LENGTH, probe
 from qmpnbd.images.hostfile import HostFile, Identity
-from qmpnbd.images.layers import Chain, Member
-from qmpnbd.images.names import Reference, known_format, printable, resolve, resolve_data_file
-from qmpnbd.images.otherformats import HEADER_LENGTH, solid_size
+from qmpnbd.images.layers import Chain
+from qmpnbd.images.members import Member
+from qmpnbd.images.names import Reference, known_format, resolve, resolve_data_file, resolve_extent
+from qmpnbd.images.otherformats import HEADER_LENGTH, SPARSE_MAGICS, luks_size
 from qmpnbd.images.qcow2_file import Qcow2File
 from qmpnbd.images.qcow2_metadata import select_snapshot
 from qmpnbd.images.qcow2_source import Qcow2Source
-from qmpnbd.images.raw import raw_size
+from qmpnbd.images.raw import raw_size, rounded_up
 from qmpnbd.images.sources import Solid, Source
 from qmpnbd.images.tabled_source import TabledSource, open_qed, open_vmdk
+from qmpnbd.images.vmdk_flat import MAX_LENGTH, flat_extents
+from qmpnbd.printable import printable
 
 __all__ = ["MAX_LAYERS", "Chain", "open_chain", "open_layers"]
 
@@ -99,6 +104,17 @@ def open_layers(specs: Sequence[LayerSpec], *, deadline: Deadline | None = None,
         return opening.chain()
 
 
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """What a layer that is not qcow2 is read through, and what its header says; as `Member` and `Layer`."""
+
+    source: Source | Solid
+    size: int
+    cluster_size: int | None = None
+    backing_name: str = ""
+    outside: HostFile | None = None
+
+
 class _Opening:
     """A chain in the making; owns the files until it is done."""
 
@@ -143,13 +159,13 @@ class _Opening:
             is_last: whether the chain ends here; None if the header tells.
             snapshot: the internal snapshot to read.
         """
-        index = len(self.members)
+        index, outside = len(self.members), None
         if spec.format == "qcow2":
             qcow2: Qcow2File | None = (opened := Qcow2File(file))
             if snapshot is not None:
                 select_snapshot(opened, snapshot)
             if opened.extensions.data_file is not None:
-                opened.data = self._data_file(opened.extensions.data_file, file)
+                opened.data = self._data_file(spec.data_file, opened.extensions.data_file, file)
             source: Source | Solid = Qcow2Source(opened)
             size = opened.header.disk_size
             cluster_size: int | None = opened.header.cluster_size
@@ -158,35 +174,56 @@ class _Opening:
             if snapshot is not None:
                 raise UsageError(f"no internal snapshot {snapshot}: it is {spec.format}", where=file.where)
             qcow2 = None
-            source, size, granule, has_backing = _other(file, spec, is_last)
-            cluster_size = granule
+            body = self._body(file, spec)
+            outside = body.outside
+            source, size, cluster_size = body.source, body.size, body.cluster_size
+            has_backing = body.backing_name != "" if is_last is None else not is_last
         number = spec.allocation_depth
         layer = Layer(
             index, spec.path, spec.format, probed, size, spec.node_name, number, cluster_size, has_backing, spec.offset
         )
-        member = Member(layer, file, source, qcow2)
+        member = Member(layer, file, source, qcow2, outside)
         self.members.append(member)
         return member
 
-    def _data_file(self, name: bytes, image: HostFile) -> HostFile:
+    def _data_file(self, known: str, name: bytes, image: HostFile) -> HostFile:
         """Opens the external data file of an image; QEMU looks for it beside its working directory, not the image's."""
-        path = resolve_data_file(os.fsdecode(name), image.where, self._working_directory)
+        path = known or resolve_data_file(os.fsdecode(name), image.where, self._working_directory)
         return self._new_file(path, f"{printable(path)} (data file of {printable(image.path)})")
+
+    def _body(self, file: HostFile, spec: LayerSpec) -> _Body:
+        """Reads the header of a layer that is not qcow2."""
+        if spec.format == "raw":
+            return _Body(Solid(spec.offset), raw_size(file.size(), file.where, offset=spec.offset, size=spec.size))
+        if spec.format == "luks":
+            return _Body(Solid(None), luks_size(file.read(0, HEADER_LENGTH), file.size(), file.where))
+        if spec.format == "vmdk" and file.read(0, 4) not in SPARSE_MAGICS:
+            return self._flat_vmdk(file)
+        if spec.format in ("qed", "vmdk"):
+            tabled = open_qed(file) if spec.format == "qed" else open_vmdk(file)
+            return _Body(tabled, tabled.tabled.size, tabled.granule, backing_name=tabled.tabled.backing_name)
+        blocks = open_vpc(file) if spec.format == "vpc" else open_blocks(file, spec.format)
+        if isinstance(blocks, int):
+            return _Body(Solid(0), blocks)
+        return _Body(blocks, blocks.blocks.size, blocks.granule)
+
+    def _flat_vmdk(self, descriptor: HostFile) -> _Body:
+        """Opens the files that a vmdk descriptor names, which lie beside it."""
+        extents, files = flat_extents(descriptor.read(0, MAX_LENGTH + 1), descriptor.where), []
+        for extent in extents:
+            path = resolve_extent(extent.name, descriptor.path, descriptor.where)
+            file = self._new_file(path, f"{printable(path)} (extent of {printable(descriptor.path)})")
+            if extent.offset + extent.size > rounded_up(file.size()):
+                raise file.cut(extent.offset, extent.size, "the extent")
+            files.append(file)
+        size = sum(extent.size for extent in extents)
+        if len(extents) > 1:
+            return _Body(Solid(None), size)
+        return _Body(Solid(extents[0].offset), size, outside=files[0])
 
     def chain(self) -> Chain:
         """Hands the files over to the finished chain."""
         return Chain(self.members, self.files.pop_all(), self._deadline)
-
-
-def _other(file: HostFile, spec: LayerSpec, is_last: bool | None) -> tuple[Source | Solid, int, int | None, bool]:
-    """Opens a layer that is not qcow2; returns what it is read through, its size, cluster size and what follows."""
-    if spec.format in ("qed", "vmdk"):
-        source = open_qed(file) if spec.format == "qed" else open_vmdk(file)
-        has_backing = source.tabled.backing_name != "" if is_last is None else not is_last
-        return source, source.tabled.size, source.granule, has_backing
-    if spec.format == "raw":
-        return Solid(spec.offset), raw_size(file.size(), file.where, offset=spec.offset, size=spec.size), None, False
-    return Solid(None), solid_size(spec.format, file.read(0, HEADER_LENGTH), file.size(), file.where), None, False
 
 
 def _named(path: str, overlay: str | None) -> str:

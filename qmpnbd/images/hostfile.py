@@ -11,8 +11,9 @@ import os
 import stat
 from typing import Self, TypeAlias
 
-from qmpnbd.errors import ImageMissingError, ImageUnreadableError, ImageUnsupportedError
+from qmpnbd.errors import ImageMissingError, ImageTruncatedError, ImageUnreadableError, ImageUnsupportedError
 from qmpnbd.extents import ExtentMap
+from qmpnbd.images.qcow2_format import CUT
 
 Identity: TypeAlias = tuple[str, int, int]
 
@@ -164,6 +165,33 @@ class HostFile:
         """
         buffer = bytearray(length)
         return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
+
+    def exactly(self, offset: int, length: int, what: str) -> bytes:
+        """Returns `length` bytes.
+
+        Args:
+            offset: where they start.
+            length: how many; bounded by the caller.
+            what: the structure they are, for messages.
+
+        Raises:
+            ImageTruncatedError: the file ends before.
+            ImageUnreadableError: an I/O error.
+        """
+        # Some file systems refuse to be asked for bytes far beyond the end.
+        data = self.read(offset, length) if offset <= self.size() else b""
+        if len(data) < length:
+            raise self.cut(offset, length, what)
+        return data
+
+    def cut(self, offset: int, length: int, what: str) -> ImageTruncatedError:
+        """Returns the error for a structure that lies beyond the end of the file; as `exactly`."""
+        return ImageTruncatedError(
+            f"{what} should lie at bytes {offset:#x} to {offset + length:#x}, "
+            f"but the file ends at byte {self.size():#x}",
+            where=self.where,
+            remedy=CUT,
+        )
 
     def _unreadable(self, what: str, error: OSError) -> ImageUnreadableError:
         denied = isinstance(error, PermissionError)

@@ -8,11 +8,13 @@
     compressed                    layer      x            x              0                 0
     zero cluster                  layer      x       x         if kept   3 (HOLE, ZERO)    2
     raw, a hole in the file       layer      x       x           x       3                 2
+    luks, vhdx: anything          layer      x            x              0                 0
     nobody                        last               x                   3                 3
     past the end of layer k       k - 1              x                   3                 2
 
 ``depth`` counts layers from 0, as `layer_index` does. QEMU looks for holes in the file of raw layers always, and under
-the data of a qcow2 layer only if it takes it for preallocated. All of it observed with QEMU 7.2 and 10.0; the last
+the data of a qcow2 layer only if it takes it for preallocated, of vdi only if it is static, and always under that of
+fixed vpc and flat vmdk. All of it observed with QEMU 7.2 and 10.0; the last
 column was observed with 5.2.
 """
 
@@ -26,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qmpnbd.extents import U64, ExtentMap
-from qmpnbd.images.passes import NOBODY, RESERVED, SHORT, SHORT_RESERVED, U16, Window
+from qmpnbd.images.passes import BROKEN, NOBODY, RESERVED, SHORT, SHORT_RESERVED, U16, Window
 from qmpnbd.images.qcow2 import U8, Flags
-from qmpnbd.images.status import Status
+from qmpnbd.images.status import UNREADABLE_DEPTH, Status
 
 Generation: TypeAlias = Literal["5.2", "7.2", "10.0"]
 
@@ -56,11 +58,13 @@ class Place:
         holes: where the file holds data (1) or nothing (0), if QEMU looks for that; else None.
         raw: a hole makes no data; otherwise it is data that reads as zeroes.
         hidden: the data is encrypted, so that QEMU names no offsets.
+        silent: QEMU's driver tells nothing: all of it is data, at no offset.
     """
 
     holes: ExtentMap | None
     raw: bool = False
     hidden: bool = False
+    silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +103,12 @@ def map_batches(
         windows: of a detailed pass.
         places: one a layer.
         offset: where the windows start.
-        generation: QEMU 10.0 keeps compressed clusters apart.
+        generation: QEMU 10.0 keeps compressed clusters apart; 5.2 does not know PRESENT.
     """
     start, pending = offset, None
-    for columns in _large(_statuses(windows, places, generation)):
+    known = np.uint8(0xFF ^ PRESENT if generation == "5.2" else 0xFF)
+    for ends, depths, flags, shifts in _large(_statuses(windows, places, generation)):
+        columns: _Columns = (ends, depths, flags & known, shifts)
         pending = columns if pending is None else _joined([pending, columns])
         pending = _merged(pending)
         ready = pending[0].size - 1  # the last one may go on in the next batch
@@ -115,7 +121,10 @@ def map_batches(
 
 
 def base_allocation(windows: Iterable[Window], places: Sequence[Place], size: int, generation: Generation) -> ExtentMap:
-    """Returns the flags that an NBD export of QEMU's would serve as ``base:allocation``."""
+    """Returns the flags that an NBD export of QEMU's would serve as ``base:allocation``.
+
+    What QEMU could not serve, which a pass leaves in only if it is told to go on, is UNREADABLE_DEPTH.
+    """
     table = np.zeros(32, dtype=np.uint64)
     for flags in range(32):
         hole = not flags & DATA
@@ -124,7 +133,8 @@ def base_allocation(windows: Iterable[Window], places: Sequence[Place], size: in
         table[flags] = (NBD_HOLE if hole else 0) | (NBD_ZERO if flags & ZERO else 0)
     ends, values = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint64)]
     for columns in _statuses(windows, places, generation, short_is_present=generation == "5.2"):
-        part = ExtentMap(columns[0], table[columns[2]])
+        flags_or_broken = np.where(columns[1] == BROKEN, np.uint64(UNREADABLE_DEPTH), table[columns[2]])
+        part = ExtentMap(columns[0], flags_or_broken)
         ends.append(part.ends)
         values.append(part.values)
     return ExtentMap(np.concatenate(ends), np.concatenate(values)).resized(size, 0)
@@ -142,9 +152,13 @@ def _statuses(
     if short_is_present:
         table[[SHORT, SHORT_RESERVED]] |= PRESENT
     hidden = [index for index, place in enumerate(places) if place.hidden]
+    silent = [index for index, place in enumerate(places) if place.silent]
     for window in windows:
         ends, layers, codes, shifts = window.runs()
         flags = table[codes]
+        if silent:
+            flags[np.isin(layers, silent) & (codes < SHORT)] = PRESENT | DATA
+            shifts = np.where(flags & OFFSET, shifts, np.uint64(0))
         depths = np.where(layers == NOBODY, np.uint16(len(places) - 1), layers)
         depths = np.where((codes == SHORT) | (codes == SHORT_RESERVED), depths - np.uint16(1), depths)
         columns: _Columns = (ends, depths, flags, shifts)

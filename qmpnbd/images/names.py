@@ -23,12 +23,13 @@ from typing import NoReturn, TypeAlias
 
 from qmpnbd.errors import BackingNotLocalError, ImageUnsupportedError
 from qmpnbd.images.chain import Format
+from qmpnbd.printable import printable
 
 Options: TypeAlias = dict[str, object]
 
-READ_FORMATS: tuple[Format, ...] = ("qcow2", "raw", "qed", "vmdk", "vdi", "luks")
+READ_FORMATS: tuple[Format, ...] = ("qcow2", "raw", "qed", "vmdk", "vdi", "vpc", "vhdx", "parallels", "luks")
 _LOCAL = ("file", "host_device")
-_OTHER_FORMATS = ("bochs", "cloop", "dmg", "parallels", "qcow", "vhdx", "vpc")
+_OTHER_FORMATS = ("bochs", "cloop", "dmg", "qcow")
 _FILTERS = ("blkdebug", "blkverify", "compress", "copy-before-write", "copy-on-read", "preallocate", "throttle")
 _OTHER_NODES = (*_OTHER_FORMATS, *_FILTERS, "blklogwrites", "blkreplay", "quorum", "replication", "snapshot-access")
 # Options that change how QEMU reaches a file or caches it, never which bytes the file holds.
@@ -110,6 +111,23 @@ def resolve_data_file(name: str, where: str, working_directory: str = "") -> str
     return posixpath.join(working_directory, name[len(protocol) + 1 :] if protocol else name)
 
 
+def resolve_extent(name: str, descriptor: str, where: str) -> str:
+    """Resolves the name of a file that a vmdk descriptor says holds data: it lies beside the descriptor.
+
+    Args:
+        name: as recorded.
+        descriptor: the path of the descriptor, as it was given.
+        where: the descriptor, for messages.
+
+    Raises:
+        BackingNotLocalError: the name has a protocol.
+    """
+    if protocol_of(name) is not None:
+        what = f"its extent {printable(name)} is not a local file"
+        raise BackingNotLocalError(what, where=where, remedy=_REMEDY_LOCAL)
+    return posixpath.join(posixpath.dirname(descriptor), name)
+
+
 def known_format(name: str, where: str) -> Format:
     """Returns `name` as one of the formats read here.
 
@@ -129,11 +147,6 @@ def protocol_of(name: str) -> str | None:
     """Returns the protocol of a QEMU file name, None for a plain path."""
     before, colon, _ = name.partition(":")
     return before if colon and "/" not in before else None
-
-
-def printable(name: str) -> str:
-    """Returns a file name fit for a message: what cannot be printed is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _resolve_json(text: str, recorded_format: str, where: str, working_directory: str) -> Reference:

@@ -1,15 +1,15 @@
-"""Headers of formats other than qcow2, as far as a reader of allocation needs them. Bytes to values.
+"""Headers of qed, vmdk and luks, as far as a reader of allocation needs them. Bytes to values.
 
 ::
 
     qed      two levels of 64-bit little-endian offsets; 0 nothing, 1 zeroes, else a cluster
     vmdk     monolithicSparse, streamOptimized: two levels of 32-bit sectors; 0 nothing, 1 zeroes if the header says so
-    vdi      QEMU takes a block without space for zeroes: allocated everywhere
-    luks     a payload behind the header: allocated everywhere
+             descriptor of flat extents: the disk is the bytes of other files
+    luks     an encrypted payload behind the header: allocated everywhere
 
-Everything else is refused by name: ``vhdx``, ``vpc``, ``parallels``, ``qcow`` (version 1), ``bochs``, ``cloop``,
-``dmg``, and vmdk whose extents lie in other files. Sources: QEMU's "QED Image File Format Specification", VMware's
-"Virtual Disk Format 5.0", the LUKS1 on-disk format specification, and images made by QEMU.
+`images.blocks` has those with one table; ``qcow`` (version 1), ``bochs``, ``cloop``, ``dmg`` are refused by name.
+Sources: QEMU's "QED Image File Format Specification", VMware's "Virtual Disk Format 5.0", the LUKS1 on-disk format
+specification, and images made by QEMU.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import re
 import struct
 from dataclasses import dataclass
 
-from qmpnbd.errors import ImageCorruptError, ImageTruncatedError, ImageUnsupportedError
-from qmpnbd.images.qcow2_format import CHECK, CUT
+from qmpnbd.errors import ImageTruncatedError
+from qmpnbd.images.headerfaults import corrupt, need, not_like, unsupported
+from qmpnbd.images.qcow2_format import CUT
 
 HEADER_LENGTH = 1024
 MAX_DESCRIPTOR = 20 << 10  # a descriptor of one extent has under 1 KiB; QEMU reads no more than this
+SPARSE_MAGICS = (b"KDMV", b"COWD")
+"""How vmdk files start that hold data; others are descriptors of files that do."""
 MAX_GRANULE = 64 << 20  # QED's limit
 _MAX_TOP = 1 << 22  # entries of the top table
 _QED = struct.Struct("<4sIIIQQQQQII")
@@ -32,7 +35,6 @@ _QED_KNOWN = 0b111  # backing file, needs a check, backing format is not probed
 _VMDK_ZERO_GRAIN, _VMDK_COMPRESSED, _VMDK_MARKERS = 1 << 2, 1 << 16, 1 << 17
 _SECTOR = 512
 _AT_END = (1 << 64) - 1
-_CONVERT = "'qemu-img convert' makes a qcow2 image of it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +86,22 @@ def unpack_qed(data: bytes, backing: bytes, where: str) -> Tabled:
         ImageUnsupportedError: an unknown feature.
         ImageCorruptError: a field contradicts the format.
     """
-    _need(data, _QED.size, where)
+    need(data, _QED.size, where)
     magic, cluster, table, _, features, _, _, top, size, _, _ = _QED.unpack_from(data)
     if magic != b"QED\0":
-        raise _not_like("qed", where)
+        raise not_like("qed", where)
     if features & ~_QED_KNOWN:
         what = f"unknown features {features & ~_QED_KNOWN:#x}"
-        raise ImageUnsupportedError(what, where=where, remedy=_CONVERT)
+        raise unsupported(what, where)
     if not 4096 <= cluster <= MAX_GRANULE or cluster & (cluster - 1):
-        raise _corrupt("cluster_size", 4, cluster, where)
+        raise corrupt("cluster_size", 4, cluster, where)
     if not 1 <= table <= 16 or table & (table - 1):
-        raise _corrupt("table_size", 8, table, where)
+        raise corrupt("table_size", 8, table, where)
     per_table = table * cluster // 8
     if size % _SECTOR or size > per_table * per_table * cluster:
-        raise _corrupt("image_size", 48, size, where)
+        raise corrupt("image_size", 48, size, where)
     if top % cluster or top == 0:
-        raise _corrupt("l1_table_offset", 40, top, where)
+        raise corrupt("l1_table_offset", 40, top, where)
     name = backing.split(b"\0")[0].decode(errors="surrogateescape") if features & _QED_BACKING else ""
     recorded = "raw" if features & _QED_NO_PROBE else ""
     found = Tabled(size, cluster, per_table, top, "<u8", 1, True, False, True, name, recorded)
@@ -108,13 +110,13 @@ def unpack_qed(data: bytes, backing: bytes, where: str) -> Tabled:
 
 def qed_backing(data: bytes, where: str) -> tuple[int, int]:
     """Returns where a QED file holds the name of its backing file, and its length; zeroes for none."""
-    _need(data, _QED.size, where)
+    need(data, _QED.size, where)
     fields = _QED.unpack_from(data)
     if not fields[4] & _QED_BACKING:
         return 0, 0
     offset, length = fields[9], fields[10]
     if length > 1023 or offset + length > max(fields[1], 1) * max(fields[3], 1):
-        raise _corrupt("backing_filename_size", 60, length, where)
+        raise corrupt("backing_filename_size", 60, length, where)
     return offset, length
 
 
@@ -142,27 +144,26 @@ def unpack_vmdk(data: bytes, where: str) -> VmdkHeader:
         ImageCorruptError: a field contradicts the format.
     """
     if data[:4] != b"KDMV":
-        what = "a vmdk whose extents lie in other files is not read here"
-        raise ImageUnsupportedError(what, where=where, remedy=_CONVERT)
-    _need(data, _VMDK.size, where)
+        raise unsupported("a vmdk of this version is not read here", where)
+    need(data, _VMDK.size, where)
     fields = _VMDK.unpack_from(data)
     _, version, flags, capacity, grain, at, length, per_table, _, top, _, _, _, algorithm = fields
     if version not in (1, 2, 3):
-        raise ImageUnsupportedError(f"vmdk version {version} is not read here", where=where, remedy=_CONVERT)
+        raise unsupported(f"vmdk version {version} is not read here", where)
     compressed = bool(flags & _VMDK_COMPRESSED)
-    if compressed and algorithm != 1:
-        raise ImageUnsupportedError(f"compression {algorithm} is not read here", where=where, remedy=_CONVERT)
+    if compressed and (algorithm != 1 or not flags & _VMDK_MARKERS):
+        raise unsupported(f"compression {algorithm} with the flags {flags:#x} is not read here", where)
     if not 1 <= grain <= MAX_GRANULE // _SECTOR or grain & (grain - 1):
-        raise _corrupt("grainSize", 20, grain, where)
+        raise corrupt("grainSize", 20, grain, where)
     if per_table != 512:  # QEMU's limit, and VMware's only value
-        raise _corrupt("numGTEsPerGT", 44, per_table, where)
+        raise corrupt("numGTEsPerGT", 44, per_table, where)
     if capacity > 1 << 54:
-        raise _corrupt("capacity", 12, capacity, where)
+        raise corrupt("capacity", 12, capacity, where)
     if at > 1 << 40 or length * _SECTOR > MAX_DESCRIPTOR:
-        raise _corrupt("descriptorSize", 36, length, where)
+        raise corrupt("descriptorSize", 36, length, where)
     footer = 1024 if top == _AT_END else 0
     if not footer and top > 1 << 54:
-        raise _corrupt("gdOffset", 56, top, where)
+        raise corrupt("gdOffset", 56, top, where)
     zeroes = bool(flags & _VMDK_ZERO_GRAIN)
     place = 0 if footer else top * _SECTOR
     size, granule = capacity * _SECTOR, grain * _SECTOR
@@ -180,41 +181,30 @@ def vmdk_backing(descriptor: bytes, where: str) -> str:
     kind = re.search(r'^createType="([^"\n]*)"', text, re.MULTILINE)
     if kind is None or kind[1] not in ("monolithicSparse", "streamOptimized"):
         what = f"a vmdk of the type {ascii(kind[1]) if kind else 'unknown'} is not read here"
-        raise ImageUnsupportedError(what, where=where, remedy=_CONVERT)
+        raise unsupported(what, where)
     if len(re.findall(r"^(?:RW|RDONLY|NOACCESS) ", text, re.MULTILINE)) != 1:
-        raise ImageUnsupportedError("a vmdk of several extents is not read here", where=where, remedy=_CONVERT)
+        raise unsupported("a vmdk of several extents is not read here", where)
     parent = re.search(r"^parentCID=([0-9a-fA-F]+)", text, re.MULTILINE)
     if parent is None or int(parent[1], 16) == 0xFFFFFFFF:
         return ""
     hint = re.search(r'^parentFileNameHint="([^"\n]*)"', text, re.MULTILINE)
     if hint is None or not hint[1]:
-        raise ImageUnsupportedError("its descriptor does not name its parent", where=where, remedy=_CONVERT)
+        raise unsupported("its descriptor does not name its parent", where)
     return hint[1]
 
 
-def solid_size(kind: str, data: bytes, file_size: int, where: str) -> int:
-    """Returns the bytes of the disk of a format that is allocated everywhere.
+def luks_size(data: bytes, file_size: int, where: str) -> int:
+    """Returns the bytes of the disk of a LUKS image: what lies behind its header.
 
     Raises:
         ImageTruncatedError: the file ends inside the header.
         ImageUnsupportedError: a version that is not read here.
-        ImageCorruptError: a field contradicts the format.
     """
-    if kind == "vdi":
-        _need(data, 376, where)
-        magic, version, _, variant = struct.unpack_from("<IIII", data, 64)
-        (size,) = struct.unpack_from("<Q", data, 368)
-        if magic != 0xBEDA107F:
-            raise _not_like("vdi", where)
-        if version != 0x00010001 or variant not in (1, 2):
-            what = f"vdi version {version:#x} of type {variant} is not read here"
-            raise ImageUnsupportedError(what, where=where, remedy=_CONVERT)
-        return -(-int(size) // _SECTOR) * _SECTOR
-    _need(data, 208, where)
+    need(data, 208, where)
     if data[:6] != b"LUKS\xba\xbe":
-        raise _not_like("luks", where)
+        raise not_like("luks", where)
     if data[6:8] != b"\0\1":
-        raise ImageUnsupportedError("luks versions other than 1 are not read here", where=where, remedy=_CONVERT)
+        raise unsupported("luks versions other than 1 are not read here", where)
     payload = int.from_bytes(data[104:108], "big") * _SECTOR
     if payload > file_size:
         raise ImageTruncatedError(f"the file ends at byte {file_size}, inside its header", where=where, remedy=CUT)
@@ -224,22 +214,5 @@ def solid_size(kind: str, data: bytes, file_size: int, where: str) -> int:
 def _bounded(tabled: Tabled, where: str) -> Tabled:
     if tabled.top_entries > _MAX_TOP:
         what = f"its first table has {tabled.top_entries} entries, more than {_MAX_TOP}"
-        raise ImageUnsupportedError(what, where=where, remedy=_CONVERT)
+        raise unsupported(what, where)
     return tabled
-
-
-def _need(data: bytes, length: int, where: str) -> None:
-    if len(data) < length:
-        raise ImageTruncatedError(f"the file ends at byte {len(data)}, inside its header", where=where, remedy=CUT)
-
-
-def _not_like(kind: str, where: str) -> ImageUnsupportedError:
-    what = f"the image is said to be {kind}, but does not start like one"
-    return ImageUnsupportedError(what, where=where, remedy="Name its true format.")
-
-
-def _corrupt(field: str, offset: int, value: int, where: str) -> ImageCorruptError:
-    what = "a value that cannot be"
-    return ImageCorruptError(
-        what, where=where, structure=f"header field {field}", offset=offset, value=value, remedy=CHECK
-    )

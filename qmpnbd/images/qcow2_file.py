@@ -13,13 +13,12 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from qmpnbd.errors import ImageCorruptError, ImageError, ImageTruncatedError
+from qmpnbd.errors import ImageCorruptError, ImageError
 from qmpnbd.extents import U64
 from qmpnbd.images import qcow2
 from qmpnbd.images.hostfile import HostFile
 from qmpnbd.images.qcow2_format import (
     CHECK,
-    CUT,
     HEADER_MAX,
     unpack_extensions,
     unpack_header,
@@ -64,16 +63,16 @@ class Qcow2File:
         self.data = file
         self.header = unpack_header(file.read(0, HEADER_MAX), file.where)
         start, end = self.header.header_length, self.header.extensions_end
-        area = self.exactly(start, end - start, "its header extensions")
+        area = self.file.exactly(start, end - start, "its header extensions")
         self.extensions = unpack_extensions(area, self.header, file.where)
         self.backing_name = ""
         if self.header.has_backing:
-            name = self.exactly(self.header.backing_offset, self.header.backing_length, "its backing name")
+            name = self.file.exactly(self.header.backing_offset, self.header.backing_length, "its backing name")
             self.backing_name = os.fsdecode(name.split(b"\0")[0])  # QEMU holds it as a C string
         if self.header.l1_entries:
             l1_bytes = 8 * self.header.l1_entries
             if self.header.l1_offset + l1_bytes > file.size():
-                raise self._cut(self.header.l1_offset, l1_bytes, "its L1 table")
+                raise self.file.cut(self.header.l1_offset, l1_bytes, "its L1 table")
 
     @property
     def backing_format(self) -> str:
@@ -91,7 +90,7 @@ class Qcow2File:
         start = min(first // header.l2_entries, header.l1_entries)
         end = min(-(-(first + count) // header.l2_entries), header.l1_entries)
         place, length = header.l1_offset + 8 * start, 8 * max(end - start, 0)
-        l1 = np.frombuffer(self.exactly(place, length, "its L1 table"), qcow2.ENTRY)
+        l1 = np.frombuffer(self.file.exactly(place, length, "its L1 table"), qcow2.ENTRY)
         offsets, misplaced = qcow2.l2_offsets(l1, header)
         used = np.flatnonzero(offsets)
         return Outline(used.astype(np.uint64) + np.uint64(start), offsets[used], misplaced[used])
@@ -179,7 +178,7 @@ class Qcow2File:
         place = header.l1_offset + 8 * l1_index
         if l1_index >= header.l1_entries:
             return qcow2.Cluster(qcow2.Kind.UNALLOCATED, 0), f"no L1 entry {l1_index}, not allocated"
-        l1 = np.frombuffer(self.exactly(place, 8, f"L1 entry {l1_index}"), qcow2.ENTRY)
+        l1 = np.frombuffer(self.file.exactly(place, 8, f"L1 entry {l1_index}"), qcow2.ENTRY)
         text = f"L1 entry at byte {place:#x} is {int(l1[0]):#018x}: "
         outline = self.outline(number, 1)
         if not outline.indexes.size:
@@ -213,15 +212,11 @@ class Qcow2File:
         if outline.misplaced[0]:
             place = header.l1_offset + 8 * l1_index
             what, structure = f"L2 table {l1_index} does not start at a cluster", "L1 entry"
-            value = int.from_bytes(self.exactly(place, 8, structure), "big")
+            value = int.from_bytes(self.file.exactly(place, 8, structure), "big")
         elif code == qcow2.BEYOND:
             host = int(clusters.hosts[0]) + offset % header.cluster_size // header.granule * header.granule
-            return ImageTruncatedError(
-                f"the data of guest offset {offset // header.granule * header.granule:#x} should lie at host offset "
-                f"{host:#x}, but the file ends at byte {self.data.size():#x}",
-                where=self.data.where,
-                remedy=CUT,
-            )
+            guest = offset // header.granule * header.granule
+            return self.data.cut(host, header.granule, f"the data of guest offset {guest:#x}")
         else:
             value, bitmaps = int(clusters.entries[0]), clusters.bitmaps
             place, structure = int(outline.offsets[0]) + header.entry_size * l2_index, "L2 entry"
@@ -230,34 +225,9 @@ class Qcow2File:
             what, where=self.file.where, structure=structure, offset=place, value=value, remedy=CHECK
         )
 
-    def exactly(self, offset: int, length: int, what: str) -> bytes:
-        """Returns `length` bytes of the file.
-
-        Args:
-            offset: where they start.
-            length: how many; bounded by the caller.
-            what: the structure they are, for messages.
-
-        Raises:
-            ImageTruncatedError: the file ends before.
-            ImageUnreadableError: an I/O error.
-        """
-        data = self.file.read(offset, length)
-        if len(data) < length:
-            raise self._cut(offset, length, what)
-        return data
-
     def _cut_table(self, l1_index: int, outline: Outline) -> None:
         place = int(outline.offsets[np.searchsorted(outline.indexes, l1_index)])
-        raise self._cut(place, self.header.cluster_size, f"L2 table {l1_index}")
-
-    def _cut(self, offset: int, length: int, what: str) -> ImageTruncatedError:
-        return ImageTruncatedError(
-            f"{what} should lie at bytes {offset:#x} to {offset + length:#x}, "
-            f"but the file ends at byte {self.file.size():#x}",
-            where=self.file.where,
-            remedy=CUT,
-        )
+        raise self.file.cut(place, self.header.cluster_size, f"L2 table {l1_index}")
 
 
 def _any_in(

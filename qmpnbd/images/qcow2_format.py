@@ -75,6 +75,7 @@ _OFFSETS = {
     "l1_entries": 36,
     "l1_offset": 40,
     "incompatible": 72,
+    "autoclear": 88,
     "refcount_order": 96,
     "header_length": 100,
     "compression_type": 104,
@@ -310,6 +311,8 @@ def _check_features(header: Qcow2Header, where: str) -> None:
         raise ImageUnsupportedError(what, where=where, remedy=_NEWER)
     if bool(header.incompatible & COMPRESSION_TYPE_BIT) != bool(header.compression_type):
         _refuse(header, "compression_type", "the compression type and its feature bit contradict each other", where)
+    if header.autoclear & DATA_FILE_RAW_BIT and not header.has_data_file:
+        _refuse(header, "autoclear", "it says that the external data file is raw, but there is none", where)
     if header.crypt_method > MAX_CRYPT_METHOD:
         what = f"unknown encryption method {header.crypt_method}"
         raise ImageUnsupportedError(what, where=where, remedy=_NEWER)

@@ -98,7 +98,7 @@ def snapshots(file: Qcow2File) -> tuple[Snapshot, ...]:
         ImageError: the branch says what is wrong with the file.
     """
     return qcow2_snapshots.unpack_snapshots(
-        lambda at, length: file.exactly(at, length, "its snapshot table"), file.header, file.file.where
+        lambda at, length: file.file.exactly(at, length, "its snapshot table"), file.header, file.file.where
     )
 
 
@@ -111,7 +111,7 @@ def select_snapshot(file: Qcow2File, name: str) -> None:
     """
     # Bitmaps belong to the active disk.
     changed = qcow2_snapshots.header_of_snapshot(file.header, snapshots(file), name, file.file.where)
-    file.exactly(changed.l1_offset, 8 * changed.l1_entries, f"the L1 table of snapshot {name}")
+    file.file.exactly(changed.l1_offset, 8 * changed.l1_entries, f"the L1 table of snapshot {name}")
     file.header = changed
     file.extensions = replace(file.extensions, bitmaps=None)
 
@@ -124,7 +124,7 @@ def bitmaps(file: Qcow2File) -> tuple[BitmapInfo, ...]:
     """
     header, where = file.header, file.file.where
     count, offset, size = qcow2_bitmaps.unpack_extension(file.extensions.bitmaps, header, where)
-    directory = file.exactly(offset, size, "its bitmap directory") if size else b""
+    directory = file.file.exactly(offset, size, "its bitmap directory") if size else b""
     return qcow2_bitmaps.unpack_directory(directory, count, offset, header, where)
 
 
@@ -198,7 +198,7 @@ def _pieces(file: Qcow2File, info: BitmapInfo, check: Callable[[], None]) -> Ite
     left = -(-file.header.disk_size // info.granularity)
     for first in range(0, info.table_entries, _TABLE_SLICE):
         count = min(_TABLE_SLICE, info.table_entries - first)
-        table = file.exactly(info.table_offset + 8 * first, 8 * count, f"the table of bitmap {info.name!r}")
+        table = file.file.exactly(info.table_offset + 8 * first, 8 * count, f"the table of bitmap {info.name!r}")
         here = np.frombuffer(table, ENTRY)
         entries = qcow2_bitmaps.table_offsets(here, info, file.header, file.file.where)
         cuts = np.flatnonzero((entries[1:] != entries[:-1]) | ((entries[1:] & np.uint64(HOST_MASK)) != 0)) + 1
@@ -208,6 +208,6 @@ def _pieces(file: Qcow2File, info: BitmapInfo, check: Callable[[], None]) -> Ite
             entry, bits = int(entries[start]), min((end - start) * per_cluster, left)
             left -= bits
             if entry & HOST_MASK:
-                yield bits, file.exactly(entry & HOST_MASK, -(-bits // 8), f"bits of bitmap {info.name!r}")
+                yield bits, file.file.exactly(entry & HOST_MASK, -(-bits // 8), f"bits of bitmap {info.name!r}")
             else:
                 yield bits, bool(entry)

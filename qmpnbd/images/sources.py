@@ -21,6 +21,7 @@ import numpy.typing as npt
 from qmpnbd.errors import ImageError
 from qmpnbd.extents import U64
 from qmpnbd.images.qcow2 import U8, Flags
+from qmpnbd.images.status import Status
 
 
 class Block(Protocol):
@@ -35,6 +36,39 @@ class Block(Protocol):
 
     def reserved(self, granules: npt.NDArray[np.intp]) -> tuple[Flags, U64]:
         """Returns which unallocated granules keep space in the file all the same, and their shifts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Granules:
+    """A `Block` whose host offsets are known already, of formats that keep no space for what they do not hold.
+
+    Attributes:
+        first: the number of the first granule.
+        granule: bytes of one.
+        entries: the table's entry for each.
+        codes: as `Block.codes`.
+        hosts: the host offset of each; those of DATA mean something.
+    """
+
+    first: int
+    granule: int
+    entries: U64
+    codes: U8
+    hosts: U64
+
+    def shifts(self, granules: npt.NDArray[np.intp]) -> U64:
+        """Returns host offset minus guest offset of granules that have a host offset, else 0."""
+        guests = (granules.astype(np.uint64) + np.uint64(self.first)) * np.uint64(self.granule)
+        return np.where(self.codes[granules] == Status.DATA, self.hosts[granules] - guests, np.uint64(0))
+
+    def reserved(self, granules: npt.NDArray[np.intp]) -> tuple[Flags, U64]:
+        """Returns that no space is kept."""
+        return np.zeros(granules.size, dtype=bool), np.zeros(granules.size, dtype=np.uint64)
+
+    def said(self, place: int) -> str:
+        """Returns in words what the granule at a place of this block is."""
+        said = Status(int(self.codes[place])).name.lower().replace("_", " ")
+        return f"entry {self.first + place} is {int(self.entries[place]):#x}: {said}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +115,7 @@ class Solid:
     """A layer that is data everywhere.
 
     Attributes:
-        shift: host offset minus guest offset; None where the format places data by tables that are not read here.
+        shift: host offset minus guest offset; None where that is not known here, or not the same everywhere.
     """
 
     shift: int | None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 
-from qmpnbd.errors import ImageCorruptError, ImageError, ImageTruncatedError
+from qmpnbd.errors import ImageCorruptError, ImageError
 from qmpnbd.extents import U64
 from qmpnbd.images.hostfile import HostFile
 from qmpnbd.images.otherformats import (
@@ -20,8 +17,8 @@ from qmpnbd.images.otherformats import (
     vmdk_backing,
 )
 from qmpnbd.images.qcow2 import U8, Flags
-from qmpnbd.images.qcow2_format import CHECK, CUT
-from qmpnbd.images.sources import Block, Sketch
+from qmpnbd.images.qcow2_format import CHECK
+from qmpnbd.images.sources import Block, Granules, Sketch
 from qmpnbd.images.status import Status
 
 
@@ -42,26 +39,6 @@ def open_vmdk(file: HostFile) -> TabledSource:
     return TabledSource(file, Tabled(**{**values, "backing_name": name}))
 
 
-@dataclass(frozen=True, slots=True)
-class _Entries:
-    """A block of entries; see `sources.Block`."""
-
-    first: int
-    tabled: Tabled
-    entries: U64
-    codes: U8
-
-    def shifts(self, granules: npt.NDArray[np.intp]) -> U64:
-        """Returns host offset minus guest offset of granules with a host offset, else 0."""
-        hosts = self.entries[granules] * np.uint64(self.tabled.scale)
-        guests = (granules.astype(np.uint64) + np.uint64(self.first)) * np.uint64(self.tabled.granule)
-        return np.where(self.codes[granules] == Status.DATA, hosts - guests, np.uint64(0))
-
-    def reserved(self, granules: npt.NDArray[np.intp]) -> tuple[Flags, U64]:
-        """None of these formats keeps space for what it does not hold."""
-        return np.zeros(granules.size, dtype=bool), np.zeros(granules.size, dtype=np.uint64)
-
-
 class TabledSource:
     """A layer; see `sources.Source`."""
 
@@ -77,7 +54,9 @@ class TabledSource:
         tabled = self.tabled
         start, stop = offset // self.span, min(-(-end // self.span), tabled.top_entries)
         kind = np.dtype(tabled.entry)
-        data = self._exactly(tabled.top_offset + start * kind.itemsize, max(stop - start, 0) * kind.itemsize, "table")
+        data = self.file.exactly(
+            tabled.top_offset + start * kind.itemsize, max(stop - start, 0) * kind.itemsize, "table"
+        )
         places = np.frombuffer(data, kind).astype(np.uint64) * np.uint64(tabled.scale)
         used = np.flatnonzero(places)
         indexes, places = used.astype(np.uint64) + np.uint64(start), places[used]
@@ -104,10 +83,10 @@ class TabledSource:
                 continue
             within = first + begin - index * tabled.per_table
             size = (stop - begin) * kind.itemsize
-            data = self._exactly(place + within * kind.itemsize, size, f"table {index}")
+            data = self.file.exactly(place + within * kind.itemsize, size, f"table {index}")
             entries[begin:stop] = np.frombuffer(data, kind)
             codes[begin:stop] = self._statuses(entries[begin:stop], file_size)
-        return _Entries(first, tabled, entries, codes)
+        return Granules(first, self.granule, entries, codes, entries * np.uint64(tabled.scale))
 
     def _statuses(self, entries: U64, file_size: int) -> U8:
         tabled = self.tabled
@@ -124,11 +103,16 @@ class TabledSource:
     def look_up(self, offset: int) -> tuple[bool, str]:
         """Returns whether a byte is allocated, and what was read to tell."""
         block = self._block_at(offset)
-        code, entry = (0, 0) if block is None else (int(block.codes[0]), int(block.entries[0]))
-        if code == Status.UNREADABLE:
-            raise self._wrong(offset, entry)
-        said = Status(code).name.lower().replace("_", " ")
-        return code != 0, f"entry {offset // self.granule} is {entry:#x}: {said}"
+        if block is None:
+            return False, f"no table describes entry {offset // self.granule}: unallocated"
+        if block.codes[0] == Status.UNREADABLE:
+            raise self._wrong(offset, int(block.entries[0]))
+        return bool(block.codes[0]), block.said(0)
+
+    def host(self, offset: int) -> int:
+        """Returns the host offset that the entry of an allocated granule tells, read anew; 0 if there is none now."""
+        block = self._block_at(offset)
+        return 0 if block is None else int(block.hosts[0])
 
     def fault(self, offset: int) -> ImageError | None:
         """Reads the entries that lead to a byte anew, and returns what is wrong with them."""
@@ -136,11 +120,11 @@ class TabledSource:
         wrong = block is not None and block.codes[0] == Status.UNREADABLE
         return self._wrong(offset, 0 if block is None else int(block.entries[0])) if wrong else None
 
-    def _block_at(self, offset: int) -> _Entries | None:
+    def _block_at(self, offset: int) -> Granules | None:
         start = offset // self.granule * self.granule
         sketch = self.sketch(start, start + 1)
         block = sketch.read(start, start + 1, None) if sketch.starts.size else None
-        return block if isinstance(block, _Entries) else None
+        return block if isinstance(block, Granules) else None
 
     def _wrong(self, offset: int, entry: int) -> ImageCorruptError:
         return ImageCorruptError(
@@ -151,14 +135,3 @@ class TabledSource:
             value=entry,
             remedy=CHECK,
         )
-
-    def _exactly(self, offset: int, length: int, what: str) -> bytes:
-        data = self.file.read(offset, length) if offset < 1 << 62 else b""
-        if len(data) < length:
-            raise ImageTruncatedError(
-                f"{what} should lie at bytes {offset:#x} to {offset + length:#x}, "
-                f"but the file ends at byte {self.file.size():#x}",
-                where=self.file.where,
-                remedy=CUT,
-            )
-        return data

@@ -91,6 +91,7 @@ class Link:
         offset: first byte of the file that the disk shows; not 0 for a raw window only.
         size: bytes of a raw window; None where the file decides.
         writable: whether something may write to it inside QEMU, be it the guest or a job.
+        data_file: qcow2 only: the external data file as QEMU opened it, "" if the data is in the image.
     """
 
     node_name: str
@@ -100,6 +101,7 @@ class Link:
     offset: int = 0
     size: int | None = None
     writable: bool = False
+    data_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,20 +218,19 @@ def _link(graph: BlockGraph, node: Node, number: int) -> Link:
             where=f"node {node.name} ({node.filename})",
             remedy="`qmpnbd map` still shows what is served.",
         )
-    if "data-file" in node.children:
-        raise ImageUnsupportedError("external data files are not read yet", where=f"node {node.name} ({node.filename})")
     protocol = _protocol_below(graph, node)
     if node.driver == "qcow2":
-        return Link(node.name, "qcow2", _file_name(protocol), number, writable=not node.read_only)
+        data_file = _file_name(_protocol_below(graph, node, "data-file")) if "data-file" in node.children else ""
+        return Link(node.name, "qcow2", _file_name(protocol), number, writable=not node.read_only, data_file=data_file)
     offset, size = _raw_window(node)
     return Link(node.name, "raw", _file_name(protocol), number, offset, size, not node.read_only)
 
 
-def _protocol_below(graph: BlockGraph, node: Node) -> Node:
+def _protocol_below(graph: BlockGraph, node: Node, role: str = "file") -> Node:
     """Returns the protocol node under a format node; filters between the two do not count as layers."""
     child = node
     for _ in range(MAX_CHAIN):
-        name = child.children.get("file")
+        name, role = child.children.get(role), "file"
         if name is None:
             raise GraphUnsupportedError("the node stands on no file", where=f"node {child.name}")
         child = _node(graph, name)

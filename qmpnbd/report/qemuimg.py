@@ -1,11 +1,12 @@
 """The very bytes of ``qemu-img map --output=json``, and the facts of ``qemu-img info --backing-chain --output=json``.
 
-Established on qemu-img 7.2 and 10.0. A map is a line an extent::
+Established on qemu-img 5.2, 7.2 and 10.0. A map is a line an extent::
 
     [{ "start": 0, "length": 65536, "depth": 0, "present": true, "zero": false, "data": true, "offset": 327680},
     { "start": 65536, "length": 983040, "depth": 0, "present": false, "zero": true, "data": false}]
 
-10.0 has ``"compressed": false`` behind ``data``. A disk of no bytes has one line of length 0 where nothing is true.
+10.0 has ``"compressed": false`` behind ``data``, 5.2 no ``present``. A disk of no bytes has one line of length 0 where
+nothing is true.
 
 Of ``info`` these are left out, since they are not read here: what ``encrypt`` says beside the format (LUKS key slots),
 and ``format-specific`` of other formats than qcow2. 10.0's ``children`` repeat what is there already.
@@ -20,7 +21,8 @@ from qmpnbd.images.mapentries import COMPRESSED, DATA, OFFSET, PRESENT, ZERO, Ge
 from qmpnbd.report.rows import LINES, Block, choice, constant, digits, joined, shown_where, typeset
 
 if TYPE_CHECKING:
-    from qmpnbd.images.layers import Chain, Member
+    from qmpnbd.images.layers import Chain
+    from qmpnbd.images.members import Member
     from qmpnbd.images.qcow2_metadata import Qcow2Facts
 
 Info: TypeAlias = dict[str, Any]
@@ -37,7 +39,9 @@ def map_json(batches: Iterable[MapBatch], generation: Generation) -> Iterator[by
     """
 
     def meaning(flags: int) -> bytes:
-        words = [("present", PRESENT), ("zero", ZERO), ("data", DATA)]
+        words = [("zero", ZERO), ("data", DATA)]
+        if generation != "5.2":
+            words.insert(0, ("present", PRESENT))
         if generation == "10.0":
             words.append(("compressed", COMPRESSED))
         return "".join(f', "{word}": {"true" if flags & flag else "false"}' for word, flag in words).encode()
@@ -89,8 +93,10 @@ def _image(chain: Chain, index: int, below: tuple[Member, ...]) -> Info:
         "filename": layer.path,
         "format": layer.format,
         "actual-size": member.file.allocated_bytes(),
-        "dirty-flag": False,
     }
+    if layer.format == "parallels":  # QEMU's driver tells no more
+        return image
+    image["dirty-flag"] = False
     if layer.cluster_size is not None:
         image["cluster-size"] = layer.cluster_size
     facts, qcow2 = chain.facts(index), member.qcow2

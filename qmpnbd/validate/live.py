@@ -276,25 +276,29 @@ def specs_of(links: Sequence[Link], monitor: Monitor) -> tuple[LayerSpec, ...]:
 
 
 def _spec(link: Link, working_directory: str | None) -> LayerSpec:
-    path = link.filename
-    problem = None
-    if path.startswith("/dev/fdset/"):
-        problem = "the image was handed to QEMU as an open file, so its name is not known"
-    elif "\ufffd" in path:
-        problem = "the image's name is not valid UTF-8, and QEMU cannot tell such a name"
-    elif not path.startswith("/") and working_directory is None:
-        problem = "the image has a relative name, and QEMU's working directory is not known"
-    if problem is not None:
-        raise DiskNotLocalError(
-            problem,
-            where=f"node {link.node_name} ({path})",
-            remedy="Start QEMU with absolute names in UTF-8; `qmpnbd map` still shows what is served.",
-        )
     return LayerSpec(
-        path=str(PurePosixPath(working_directory or "/", path)),
+        path=_path(link.filename, link.node_name, working_directory),
         format=link.format,
         allocation_depth=link.allocation_depth,
         node_name=link.node_name,
         offset=link.offset,
         size=link.size,
+        data_file=_path(link.data_file, link.node_name, working_directory) if link.data_file else "",
     )
+
+
+def _path(name: str, node_name: str, working_directory: str | None) -> str:
+    problem = None
+    if name.startswith("/dev/fdset/"):
+        problem = "the image was handed to QEMU as an open file, so its name is not known"
+    elif "\ufffd" in name:
+        problem = "the image's name is not valid UTF-8, and QEMU cannot tell such a name"
+    elif not name.startswith("/") and working_directory is None:
+        problem = "the image has a relative name, and QEMU's working directory is not known"
+    if problem is not None:
+        raise DiskNotLocalError(
+            problem,
+            where=f"node {node_name} ({name})",
+            remedy="Start QEMU with absolute names in UTF-8; `qmpnbd map` still shows what is served.",
+        )
+    return str(PurePosixPath(working_directory or "/", name))
