@@ -27,6 +27,7 @@ def binaries(request: pytest.FixtureRequest) -> QemuBinaries:
     return binaries_of(getattr(request, "param", INSTALLED))
 
 
+@pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, so that paths in messages are short."""
     monkeypatch.chdir(tmp_path)
