@@ -11,6 +11,7 @@
     │   ├── MonitorSilentError       12  no greeting: another client holds the monitor, or QEMU is stopped
     │   ├── MonitorLostError         13  the connection ended; what a pending command did is unknown
     │   ├── CommandFailedError       14  QEMU refused a command
+    │   │   └── ExportRefusedError   24  it refused an export or the NBD server, for a reason that is known
     │   ├── UnsafeOperationError     15  QEMU would do it, and the guest could be hurt
     │   ├── LeftBehindError          16  done, but something of ours could not be taken down
     │   └── InterferenceError        17  somebody else changed the block graph or our export meanwhile
@@ -125,6 +126,22 @@ class CommandFailedError(MonitorError):
         self.command = command
         self.error_class = error_class
         self.description = description
+
+
+class ExportRefusedError(CommandFailedError):
+    """QEMU refused an export or its NBD server; the message says why.
+
+    Attributes:
+        reason: a word for why, from the table in `qmpnbd.qmp.refusals`.
+    """
+
+    exit_code = 24
+
+    def __init__(
+        self, command: str, error_class: str, description: str, *, reason: str, where: str, remedy: str
+    ) -> None:
+        super().__init__(command, error_class, description, where=where, remedy=remedy)
+        self.reason = reason
 
 
 class UnsafeOperationError(MonitorError):

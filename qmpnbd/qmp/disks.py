@@ -107,3 +107,25 @@ def find_disk(wanted: str, disks: Sequence[Disk], graph: BlockGraph, *, where: s
     free = ", ".join(disk.name for disk in disks if not disk.attached)
     known = f"Disks: {attached or 'none'}" + (f"; nodes without a device: {free}." if free else ".")
     raise NoSuchDiskError(f"there is no disk {wanted!r}", where=where, remedy=known)
+
+
+def chosen_disks(
+    wanted: Sequence[str], disks: Sequence[Disk], graph: BlockGraph, *, where: str, empty: Sequence[str] = ()
+) -> list[Disk]:
+    """Returns the disks that are meant, each once; all disks of the guest if none is named.
+
+    Raises:
+        NoSuchDiskError: one of them does not exist or means several, or the guest has no disk.
+    """
+    if wanted:
+        found = [find_disk(name, disks, graph, where=where, empty=empty) for name in wanted]
+        return list(dict.fromkeys(found))
+    attached = [disk for disk in disks if disk.attached]
+    if not attached:
+        free = ", ".join(disk.name for disk in disks)
+        raise NoSuchDiskError(
+            "no guest device has a disk",
+            where=where,
+            remedy=f"Name a node: {free}." if free else "There is no node either.",
+        )
+    return attached

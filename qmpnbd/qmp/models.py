@@ -113,6 +113,12 @@ class BlockExportInfo(QmpModel):
     node_name: str
 
 
+class ObjectPropertyInfo(QmpModel):
+    """Member of the reply of ``qom-list``: a property, or a child."""
+
+    name: str
+
+
 def parse_reply(kind: type[T], reply: object, *, command: str, where: str) -> T:
     """Reads the reply of a command.
 

@@ -163,6 +163,33 @@ class Monitor:
                 remedy="See whether QEMU still runs; what was pending may or may not have happened.",
             ) from error
 
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether open files can be handed over this connection."""
+        return self._socket.family == socket.AF_UNIX
+
+    async def pass_descriptor(self, descriptor: int, name: str, deadline: Deadline) -> None:
+        """Hands QEMU an open file, which its later commands call `name`; ours stays open.
+
+        Not for two tasks at once: QEMU gives ``getfd`` the file that came last.
+
+        Raises:
+            CommandFailedError: QEMU refused; of class ``CommandNotFound`` if it takes none (the storage daemon).
+            MonitorLostError: the connection ended.
+            DeadlineError: no reply in time.
+        """
+        # Also asks whether QEMU takes files at all: one that was sent for nothing would stay open in it.
+        try:
+            await self.execute("closefd", {"fdname": name}, deadline=deadline)
+        except CommandFailedError as error:
+            if error.error_class == "CommandNotFound":
+                raise
+        try:
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError, AssertionError) as error:
+            raise MonitorLostError("the monitor connection ended", where=self.where) from error
+        await self.execute("getfd", {"fdname": name}, deadline=deadline)
+
     @contextlib.contextmanager
     def events(self, name: str) -> Iterator[EventListener]:
         """Collects the events of one name from here on; enter it before the command that causes them."""

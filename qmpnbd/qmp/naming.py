@@ -4,7 +4,11 @@ QEMU keeps exports and its NBD server when the one who made them is killed. So e
 
     qmpnbd-3f9a01c7-x0
     ------ -------- --
-    prefix   run    role and number (x: export, b: bitmap)
+    prefix   run    role and number
+
+    x  export                          s  object that marks the NBD server as ours
+    b  bitmap                          t  TLS credentials of the server
+                                       z  list of clients that may use it
 
 The run is also the name of its private directory, whose lock tells whether the run still lives
 (`qmpnbd.qmp.rundir`). A later run needs no other record to recognise leftovers.
@@ -32,6 +36,21 @@ def export_id(run: str, number: int) -> str:
 def bitmap_name(run: str, number: int) -> str:
     """Returns the name of a run's dirty bitmap."""
     return f"{PREFIX}-{run}-b{number}"
+
+
+def server_object(run: str) -> str:
+    """Returns the id of the object that is there while a run's NBD server is."""
+    return f"{PREFIX}-{run}-s0"
+
+
+def credentials_object(run: str) -> str:
+    """Returns the id of the TLS credentials of a run's NBD server."""
+    return f"{PREFIX}-{run}-t0"
+
+
+def authorization_object(run: str) -> str:
+    """Returns the id of the list of clients that a run's NBD server lets in."""
+    return f"{PREFIX}-{run}-z0"
 
 
 def run_directory_name(run: str) -> str:

@@ -22,15 +22,16 @@ from functools import partial
 from itertools import count
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import ImageMissingError, MonitorLostError, NoSuchDiskError, QmpnbdError, UsageError
+from qmpnbd.errors import ImageMissingError, MonitorLostError, QmpnbdError, UsageError
+from qmpnbd.export.addresses import shared_server
 from qmpnbd.nbd.uri import NbdUri
-from qmpnbd.qmp.disks import Disk, find_disk
-from qmpnbd.qmp.exports import start_server, stop_server
+from qmpnbd.qmp.disks import Disk, chosen_disks
 from qmpnbd.qmp.graph import chain_of
 from qmpnbd.qmp.inventory import Inventory, read_inventory, require_no_iothread_bug, require_safe_moment
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
+from qmpnbd.qmp.server import STOP_SECONDS, start_server, stop_server
 from qmpnbd.qmp.teardown import TakeDown
 from qmpnbd.report.model import DiskReport, ValidationReport
 from qmpnbd.validate.live import LiveDisk, Place, in_thread, specs_of
@@ -123,7 +124,9 @@ class _Run:
                 log.warning("took down what a killed run had left: %s", removed)
             guest = await require_safe_moment(self.monitor, self.deadline)
             inventory = await read_inventory(self.monitor, self.deadline)
-            disks = _chosen(wanted, inventory, self.monitor.where)
+            disks = chosen_disks(
+                wanted, inventory.disks, inventory.graph, where=self.monitor.where, empty=inventory.empty
+            )
             return guest, await self._judged(disks, inventory)
         except BaseException as error:
             for note in self.take_down.left:
@@ -131,7 +134,7 @@ class _Run:
             raise
 
     async def _judged(self, disks: Sequence[Disk], inventory: Inventory) -> list[DiskReport]:
-        shared = _shared_server(self.options.nbd)
+        shared = None if self.options.nbd is None else shared_server(self.options.nbd)
         async with AsyncExitStack() as stack:
             create = partial(RunDirectory.create, self.options.runtime_dir, for_peer=self.monitor.peer)
             directory = stack.enter_context(create())
@@ -178,32 +181,4 @@ class _Run:
                     f"the NBD server at {directory.socket_path} runs on: others have exports in it"
                 )
 
-        await self.take_down.step(f"NBD server at {directory.socket_path}", stop)
-
-
-def _shared_server(uri: str | None) -> NbdUri | None:
-    if uri is None:
-        return None
-    parsed = NbdUri.parse(uri)
-    if parsed.export:
-        raise UsageError(
-            "the URI of the server names an export",
-            where=uri,
-            remedy="Leave its name out: exports of our own are made.",
-        )
-    return parsed
-
-
-def _chosen(wanted: Sequence[str], inventory: Inventory, where: str) -> list[Disk]:
-    if wanted:
-        find = partial(find_disk, disks=inventory.disks, graph=inventory.graph, where=where, empty=inventory.empty)
-        return list(dict.fromkeys(find(name) for name in wanted))
-    attached = [disk for disk in inventory.disks if disk.attached]
-    if not attached:
-        free = ", ".join(disk.name for disk in inventory.disks)
-        raise NoSuchDiskError(
-            "no guest device has a disk",
-            where=where,
-            remedy=f"Name a node: {free}." if free else "There is no node either.",
-        )
-    return attached
+        await self.take_down.step(f"NBD server at {directory.socket_path}", stop, STOP_SECONDS)
