@@ -13,6 +13,7 @@
     │   │   ├── OutcomeUnknownError  13  a command that changes something was under way: ask before doing it again
     │   │   └── ReplyTooLongError    13  a reply that nothing of sense can need; the connection is given up
     │   ├── CommandFailedError       14  QEMU refused a command
+    │   │   └── ExportRefusedError   24  it refused an export or the NBD server, for a reason that is known
     │   ├── UnsafeOperationError     15  QEMU would do it, and the guest could be hurt
     │   ├── LeftBehindError          16  done, but something of ours could not be taken down
     │   ├── InterferenceError        17  somebody else changed the block graph or our export meanwhile
@@ -154,6 +155,22 @@ class CommandFailedError(MonitorError):
         self.command = command
         self.error_class = error_class
         self.description = description
+
+
+class ExportRefusedError(CommandFailedError):
+    """QEMU refused an export or its NBD server; the message says why.
+
+    Attributes:
+        reason: a word for why, from the table in `qmpnbd.qmp.refusals`.
+    """
+
+    exit_code = 24
+
+    def __init__(
+        self, command: str, error_class: str, description: str, *, reason: str, where: str, remedy: str
+    ) -> None:
+        super().__init__(command, error_class, description, where=where, remedy=remedy)
+        self.reason = reason
 
 
 class UnsafeOperationError(MonitorError):

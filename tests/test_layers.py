@@ -18,14 +18,15 @@ DOORS = {"nbd.client", "nbd.aio", "nbd.runner", "nbd.aio_runner", "nbd.channel",
 DOORS |= {"nbd.tls_socket", "nbd.stepwise", "nbd.aio_stepwise"}
 DOORS |= {"qmp.transport", "qmp.direct", "qmp.dialling", "qmp.libvirt"}
 DOORS |= {"qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.bitmaps", "qmp.recover"}
-DOORS |= {"qmp.teardown", "qmp.process", "qmp.rundir"}
 DOORS |= {"qmp.checkpoints", "qmp.populate", "qmp.agent", "qmp.agent_journal", "qmp.quiesce"}
+DOORS |= {"qmp.teardown", "qmp.process", "qmp.rundir", "qmp.server", "qmp.listeners", "qmp.credentials"}
+DOORS |= {"qmp.storage_daemon"}
 DOORS |= {"images.files", "images.layers", "images.hostfile", "images.qcow2_file"}
 DOORS |= {"images.qcow2_source", "images.qcow2_metadata", "images.tabled_source", "images.check_file", "images.content"}
 DOORS |= {"images.block_source", "images.members"}
 """Layer 2; everything else below nbd, qmp and images is layer 1."""
 
-RUN_MODULES = {"validate.run", "validate.live", "control.populate"}
+RUN_MODULES = {"validate.run", "validate.live", "control.populate", "export.session", "export.blocking"}
 """Of layer 3, those that may wait for something."""
 
 WAITING = {"socket", "asyncio", "subprocess", "select", "selectors", "ssl", "qemu"}
@@ -44,7 +45,7 @@ def layer_of(name: str) -> int:
         return 0
     if package in SISTERS:
         return 2 if name in DOORS else 1
-    if package in ("validate", "control", "report"):
+    if package in ("validate", "control", "export", "report"):
         return 3
     assert package in ("cli", "__main__"), f"{name} belongs to no layer of docs/design.md"
     return 4

@@ -130,7 +130,7 @@ def test_what_the_guest_writes_meanwhile_is_not_lost(
 
         monkeypatch.setattr(module, name, stepped)
 
-    for name in ("start_server", "open_window", "add_scratch", "export_scratch", "write_zeroes", "require_marked"):
+    for name in ("start_server", "open_window", "add_scratch", "add_export", "write_zeroes", "require_marked"):
         wrote(name)
     for name in ("add_bitmap", "transact"):
         wrote(name)

@@ -16,7 +16,7 @@ import pytest
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError, ServerBusyError, UnsafeOperationError, UsageError
 from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmap, remove_bitmap
-from qmpnbd.qmp.exports import add_export, remove_export, start_server, stop_server
+from qmpnbd.qmp.exports import add_export, remove_export
 from qmpnbd.qmp.inventory import (
     guest_status,
     read_exports,
@@ -29,6 +29,7 @@ from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import bitmap_name, export_id, new_run, run_of
 from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory, dead_runs
+from qmpnbd.qmp.server import start_server, stop_server
 from tests.servers import Server, blockdev, qemu, storage_daemon, wait_until
 
 SOON = Deadline(None)  # pytest bounds each test
@@ -150,10 +151,11 @@ KILLED = """
 import asyncio, os, sys
 from qmpnbd.deadline import Deadline
 from qmpnbd.qmp.bitmaps import add_bitmap
-from qmpnbd.qmp.exports import add_export, start_server
+from qmpnbd.qmp.exports import add_export
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import bitmap_name, export_id
 from qmpnbd.qmp.rundir import RunDirectory
+from qmpnbd.qmp.server import start_server
 
 async def main(address, base, exported):
     monitor = await Monitor.connect(address, Deadline(20))

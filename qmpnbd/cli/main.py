@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qmpnbd import __version__
-from qmpnbd.cli import bitmap, chain, check, checkpoint, disks, graph, info, options, output, validate
+from qmpnbd.cli import bitmap, chain, check, checkpoint, disks, export, graph, info, options, output, validate
 from qmpnbd.cli import map as map_command
 from qmpnbd.cli.exit_codes import BROKEN_PIPE, INTERRUPTED, StoppedBySignal, exit_code_help
 from qmpnbd.errors import QmpnbdError
@@ -25,6 +25,7 @@ Prove that the allocation depth a running QEMU serves over NBD is what its disk 
   qmpnbd disks --qmp /run/vm.qmp             the guest's disks and their backing chains
   qmpnbd graph --qmp /run/vm.qmp             every node, and what an export of it would say
   qmpnbd validate --qmp /run/vm.qmp vd0      served against computed, on the running guest
+  qmpnbd export --qmp /run/vm.qmp            its disks for other tools, as NBD URIs
   qmpnbd map nbd+unix:///disk?socket=/run/x  what any NBD server says
   qmpnbd info nbd+unix:///?socket=/run/x     what it can do, and which exports it has
   qmpnbd chain disk.qcow2                    what the image files hold, without QEMU
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qmpnbd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (disks, graph, validate, map_command, info, chain, check, checkpoint, bitmap):
+    for command in (disks, graph, validate, export, map_command, info, chain, check, checkpoint, bitmap):
         command.register(commands)
     return parser
 

@@ -24,13 +24,14 @@ from qmpnbd.control.difference import differing
 from qmpnbd.control.ranges import DepthRange, Range, granules, ranges_of, rounded_out
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import BitmapError, LeftBehindError, UsageError
+from qmpnbd.export.addresses import shared_server
 from qmpnbd.nbd.aio import Client
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.bitmaps import add_bitmap, remove_bitmap, transact
 from qmpnbd.qmp.checkpoint_plan import require_granularity
 from qmpnbd.qmp.checkpoint_state import layers_of, transient_because
 from qmpnbd.qmp.disks import find_disk
-from qmpnbd.qmp.exports import remove_export, start_server, stop_server
+from qmpnbd.qmp.exports import ExportOptions, add_export, remove_export
 from qmpnbd.qmp.inventory import (
     read_inventory,
     read_nodes,
@@ -38,13 +39,12 @@ from qmpnbd.qmp.inventory import (
     require_safe_moment,
 )
 from qmpnbd.qmp.models import BlockDirtyInfo
-from qmpnbd.qmp.monitor import Monitor, finish
+from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import bitmap_name, export_id, run_of
 from qmpnbd.qmp.populate import (
     Scratch,
     add_scratch,
     birth_actions,
-    export_scratch,
     find_bitmap,
     merge_actions,
     remove_scratch,
@@ -52,6 +52,7 @@ from qmpnbd.qmp.populate import (
 )
 from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
+from qmpnbd.qmp.server import STOP_SECONDS, start_server, stop_server
 from qmpnbd.qmp.teardown import TakeDown
 from qmpnbd.validate.live import DEPTH, Place, in_thread, open_window
 
@@ -67,6 +68,8 @@ MAX_NAME = 1023
 
 _WRITERS = 64
 """Requests in flight."""
+
+_WRITABLE = ExportOptions(writable=True, allocation_depth=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,16 +277,16 @@ class _Work:
         async with AsyncExitStack() as stack:
             create = partial(RunDirectory.create, filling.runtime_dir, for_peer=monitor.peer)
             directory = stack.enter_context(create())
-            server = NbdUri.parse(filling.nbd) if filling.nbd else NbdUri.unix(str(directory.socket_path), "")
+            server = shared_server(filling.nbd) if filling.nbd else NbdUri.unix(str(directory.socket_path), "")
             if not filling.nbd:
-                stack.push_async_callback(self._take_down.step, "the NBD server", partial(self._stop_server, directory))
+                stop = partial(self._stop_server, directory)
+                stack.push_async_callback(self._take_down.step, "the NBD server", stop, STOP_SECONDS)
                 await start_server(monitor, directory, self._deadline)
             # Number 0 of each kind is the scratch node's.
             yield Place(monitor, server, directory.run, count(1), self._take_down, self._deadline)
 
     async def _stop_server(self, directory: RunDirectory, deadline: Deadline) -> None:
-        # It asks first and stops then; a cancellation in between would leave the server running.
-        if not await finish(stop_server(self._monitor, directory, deadline)):
+        if not await stop_server(self._monitor, directory, deadline):
             self._take_down.left.append(f"the NBD server at {directory.socket_path}: others have exports in it")
 
     async def _watched(self, stack: AsyncExitStack, place: Place, target: _Target) -> str:
@@ -315,7 +318,7 @@ class _Work:
         await add_scratch(monitor, scratch, target.size, target.granularity, deadline)
         async with AsyncExitStack() as window:
             window.push_async_callback(self._take_down.step, f"export {name}", partial(remove_export, monitor, name))
-            await export_scratch(monitor, scratch, name, deadline)
+            await add_export(monitor, scratch.node, name, deadline, _WRITABLE)
             async with await Client.connect(replace(place.server, export=name), deadline=deadline) as client:
                 await write_zeroes(client, ranges, deadline)
         await require_marked(monitor, scratch, granules(ranges, target.granularity), deadline)

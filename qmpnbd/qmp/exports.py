@@ -1,147 +1,152 @@
-"""An NBD server and block exports inside QEMU, taken up and down without a trace.
+"""Block exports inside QEMU, taken up and down without a trace.
 
-QEMU has one NBD server, asks nobody who stops it, and unlinks whatever lies where its socket shall be. So::
+::
 
-    up      nbd-server-start (fresh path in our private directory) -> block-export-add (our name)
-    down    block-export-del hard, wait for BLOCK_EXPORT_DELETED   -> nbd-server-stop, if it is ours and unused
+    up      block-export-add (our id)
+    down    block-export-del hard | safe -> wait for BLOCK_EXPORT_DELETED
 
-A server that was running before is someone else's: it is shared if the caller says where it listens, never stopped.
+An export follows the block graph: after a snapshot it stands on the overlay, after a commit on the base, and while a
+job runs on the job's filter. So its id is what identifies it, and `exported_node` tells where it stands now.
+
 Everything here that changes something runs to its end even when cancelled (`finish`): what QEMU did must be known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import CommandFailedError, ServerBusyError
+from qmpnbd.errors import CommandFailedError, ExportRefusedError, InterferenceError
 from qmpnbd.qmp.inventory import read_exports
 from qmpnbd.qmp.monitor import Monitor, finish
-from qmpnbd.qmp.naming import run_of
-from qmpnbd.qmp.rundir import RunDirectory
-
-_NBD = "nbd"
+from qmpnbd.qmp.refusals import explained
 
 
-async def start_server(monitor: Monitor, directory: RunDirectory, deadline: Deadline) -> None:
-    """Starts QEMU's NBD server on the socket of a run.
+@dataclass(frozen=True, slots=True)
+class NodeBitmap:
+    """A bitmap that is not found from the exported node on, because a ``raw`` node lies between (QEMU 7.1).
 
-    Args:
-        monitor: the QEMU.
-        directory: the run's private directory; `stop_server` recognises the server by it.
-        deadline: for QEMU's reply.
-
-    Raises:
-        ServerBusyError: someone else's server is running.
-        CommandFailedError: QEMU cannot make the socket, for instance because it runs as another user.
-        MonitorLostError: the connection ended.
-        DeadlineError: no reply in time.
+    Attributes:
+        node: the node that has it.
+        name: its name.
     """
-    address = {"type": "unix", "data": {"path": str(directory.socket_path)}}
-    try:
-        await finish(monitor.execute("nbd-server-start", {"addr": address}, deadline=deadline))
-    except CommandFailedError as error:
-        if "already running" in error.description:
-            raise await _busy(monitor, deadline) from error
-        raise CommandFailedError(
-            error.command,
-            error.error_class,
-            error.description,
-            where=monitor.where,
-            remedy="QEMU must be able to reach and write the folder of --runtime-dir: run as QEMU's user, or as root.",
-        ) from error
+
+    node: str
+    name: str
 
 
-async def _busy(monitor: Monitor, deadline: Deadline) -> ServerBusyError:
-    exports = await read_exports(monitor, deadline)
-    others = [export.id for export in exports if export.type == _NBD]
-    used = f" (exports: {', '.join(others)})" if others else ""
-    remedy = "Say where it listens with --nbd URI; it is then shared, and left running."
-    if any(run_of(name) for name in others):
-        remedy = (
-            "Another qmpnbd is at work: wait. If it was killed, name its --runtime-dir to have this taken down, "
-            "or run block-export-del with mode hard and then nbd-server-stop in the monitor."
-        )
-    return ServerBusyError(f"this QEMU already runs an NBD server{used}", where=monitor.where, remedy=remedy)
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What an export offers beyond the content.
 
-
-async def stop_server(monitor: Monitor, directory: RunDirectory, deadline: Deadline) -> bool:
-    """Stops the server that `start_server` started for this run, if it did and nobody else has exports in it.
-
-    Args:
-        monitor: the QEMU.
-        directory: the run's.
-        deadline: for QEMU's replies.
-
-    Returns:
-        Whether nothing of the run is left.
-
-    Raises:
-        MonitorError: QEMU refused or is gone.
-        DeadlineError: no reply in time.
+    Attributes:
+        bitmaps: disabled dirty bitmaps, offered as metadata contexts; by name those of the node and of what it stands
+            on.
+        description: for clients that list exports; empty for none.
+        iothread: the iothread that shall serve it; empty for where the node runs now.
+        fixed_iothread: refuse if it cannot be that one. Without, QEMU 7.2 stays silently where the node runs.
+        writable: let clients write.
+        allocation_depth: offer ``qemu:allocation-depth``.
     """
-    if not directory.socket_path.exists():  # QEMU makes it when it starts and removes it when it stops
-        return True
-    exports = await read_exports(monitor, deadline)
-    if any(export.type == _NBD for export in exports):
-        return False  # stopping would cut off the clients of exports that are not ours
-    try:
-        await finish(monitor.execute("nbd-server-stop", deadline=deadline))
-    except CommandFailedError as error:
-        if "not running" not in error.description:
-            raise
-    return True
+
+    bitmaps: Sequence[str | NodeBitmap] = ()
+    description: str = ""
+    iothread: str = ""
+    fixed_iothread: bool = True
+    writable: bool = False
+    allocation_depth: bool = True
+
+    def arguments(self) -> dict[str, object]:
+        """Returns them as arguments of ``block-export-add``."""
+        found: dict[str, object] = {"allocation-depth": self.allocation_depth, "writable": self.writable}
+        if self.bitmaps:
+            found["bitmaps"] = [
+                each if isinstance(each, str) else {"node": each.node, "name": each.name} for each in self.bitmaps
+            ]
+        if self.description:
+            found["description"] = self.description
+        if self.iothread:
+            found |= {"iothread": self.iothread, "fixed-iothread": self.fixed_iothread}
+        return found
+
+
+_READ_ONLY = ExportOptions()
 
 
 async def add_export(
-    monitor: Monitor, node_name: str, name: str, deadline: Deadline, *, bitmaps: Sequence[str] = ()
+    monitor: Monitor, node_name: str, name: str, deadline: Deadline, options: ExportOptions = _READ_ONLY
 ) -> None:
-    """Exports a node read-only with its allocation depth.
+    """Exports a node, read-only with its allocation depth unless told otherwise.
 
     Args:
         monitor: the QEMU.
         node_name: the node.
         name: id of the export, and the name that NBD clients ask for (`qmpnbd.qmp.naming.export_id`).
         deadline: for QEMU's reply.
-        bitmaps: disabled dirty bitmaps to offer as metadata contexts.
+        options: what else it offers.
 
     Raises:
+        ExportRefusedError: QEMU refused, for a reason that is known.
         CommandFailedError: QEMU refused.
         MonitorLostError: the connection ended.
         DeadlineError: no reply in time.
     """
-    arguments = {"type": _NBD, "id": name, "name": name, "node-name": node_name, "allocation-depth": True}
-    if bitmaps:
-        arguments["bitmaps"] = list(bitmaps)
+    arguments = {"type": "nbd", "id": name, "name": name, "node-name": node_name, **options.arguments()}
     try:
         await finish(monitor.execute("block-export-add", arguments, deadline=deadline))
     except CommandFailedError as error:
-        if "not running" not in error.description:
-            raise
-        remedy = "Leave --nbd out: then a server is started."
-        raise CommandFailedError(
-            error.command, error.error_class, error.description, where=monitor.where, remedy=remedy
-        ) from error
+        raise explained(error) from error
 
 
-async def remove_export(monitor: Monitor, name: str, deadline: Deadline) -> None:
-    """Removes an export, cutting off its clients, and waits until it is gone; one that does not exist is gone.
+async def exported_node(monitor: Monitor, name: str, deadline: Deadline) -> str:
+    """Returns the node that an export stands on now.
+
+    Args:
+        monitor: the QEMU.
+        name: the export's id.
+        deadline: for QEMU's reply.
 
     Raises:
+        InterferenceError: somebody removed the export.
+        MonitorError: QEMU refused to tell, or is gone.
+        DeadlineError: no reply in time.
+    """
+    for info in await read_exports(monitor, deadline):
+        if info.id == name:
+            return info.node_name
+    raise InterferenceError("somebody removed our export", where=f"export {name}", remedy="Run again.")
+
+
+async def remove_export(
+    monitor: Monitor, name: str, deadline: Deadline, mode: Literal["hard", "safe"] = "hard"
+) -> None:
+    """Removes an export and waits until it is gone; one that does not exist is gone.
+
+    Args:
+        monitor: the QEMU.
+        name: the export's id.
+        deadline: for all of it.
+        mode: "hard" cuts off its clients, "safe" refuses while there is one.
+
+    Raises:
+        ExportRefusedError: a client is connected, and the mode is "safe".
         MonitorError: QEMU refused or is gone.
         DeadlineError: it is still there.
     """
-    await finish(_remove_export(monitor, name, deadline))
+    await finish(_remove_export(monitor, name, mode, deadline))
 
 
-async def _remove_export(monitor: Monitor, name: str, deadline: Deadline) -> None:
+async def _remove_export(monitor: Monitor, name: str, mode: str, deadline: Deadline) -> None:
     with monitor.events("BLOCK_EXPORT_DELETED") as deleted:
         try:
-            await monitor.execute("block-export-del", {"id": name, "mode": "hard"}, deadline=deadline)
+            await monitor.execute("block-export-del", {"id": name, "mode": mode}, deadline=deadline)
         except CommandFailedError as error:
-            if "not found" in error.description:
+            refusal = explained(error)
+            if isinstance(refusal, ExportRefusedError) and refusal.reason == "export-missing":
                 return
-            raise
+            raise refusal from error
         while True:
             event = await monitor.next_event(deleted, f"the export {name} to be gone", deadline)
             if event.get("id") == name:

@@ -228,6 +228,12 @@ class Reply(QmpModel):
     value: object = Field(alias="return")
 
 
+class ObjectPropertyInfo(QmpModel):
+    """Member of the reply of ``qom-list``: a property, or a child."""
+
+    name: str
+
+
 def parse_reply(kind: type[T], reply: object, *, command: str, where: str) -> T:
     """Reads the reply of a command.
 

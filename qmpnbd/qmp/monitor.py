@@ -134,8 +134,12 @@ class Monitor:
 
     @property
     def peer(self) -> Peer | None:
-        """QEMU's process if it is on this host and the kernel tells it, else None."""
+        """QEMU's process if it is on this host and the kernel tells it, else None; whoever started it may set it."""
         return self._transport.peer
+
+    @peer.setter
+    def peer(self, peer: Peer) -> None:
+        self._transport.peer = peer
 
     @property
     def is_local(self) -> bool:
@@ -196,6 +200,8 @@ class Monitor:
 
     async def pass_descriptor(self, descriptor: int, name: str, deadline: Deadline) -> None:
         """Hands QEMU an open file, which its later commands call `name`; ours stays open.
+
+        Not for two tasks at once: QEMU gives ``getfd`` the file that came last.
 
         Raises:
             UsageError: none can be handed over this connection.

@@ -4,7 +4,11 @@ QEMU keeps exports and its NBD server when the one who made them is killed. So e
 
     qmpnbd-3f9a01c7-x0
     ------ -------- --
-    prefix   run    role and number (x: export, b: bitmap, s: scratch node)
+    prefix   run    role and number
+
+    x  export                          m  object that marks the NBD server as ours
+    b  bitmap                          t  TLS credentials of the server
+    s  scratch node                    z  list of clients that may use it
 
 The run is also the name of its private directory, whose lock tells whether the run still lives
 (`qmpnbd.qmp.rundir`). A later run needs no other record to recognise leftovers.
@@ -81,6 +85,21 @@ def checkpoint_of(name: str) -> CheckpointName | None:
     """Returns what the name of a checkpoint's bitmap says, or None if it is no such bitmap."""
     match = _CHECKPOINT.fullmatch(name)
     return CheckpointName(match[1], int(match[2]), match[3]) if match else None
+
+
+def server_object(run: str) -> str:
+    """Returns the id of the object that is there while a run's NBD server is."""
+    return f"{PREFIX}-{run}-m0"
+
+
+def credentials_object(run: str) -> str:
+    """Returns the id of the TLS credentials of a run's NBD server."""
+    return f"{PREFIX}-{run}-t0"
+
+
+def authorization_object(run: str) -> str:
+    """Returns the id of the list of clients that a run's NBD server lets in."""
+    return f"{PREFIX}-{run}-z0"
 
 
 def run_directory_name(run: str) -> str:

@@ -60,17 +60,6 @@ async def add_scratch(monitor: Monitor, scratch: Scratch, size: int, granularity
     await add_bitmap(monitor, scratch.node, scratch.bitmap, deadline, granularity=granularity)
 
 
-async def export_scratch(monitor: Monitor, scratch: Scratch, name: str, deadline: Deadline) -> None:
-    """Exports the node so that it can be written.
-
-    Raises:
-        MonitorError: QEMU refused or is gone.
-        DeadlineError: no reply in time.
-    """
-    export = {"type": "nbd", "id": name, "name": name, "node-name": scratch.node, "writable": True}
-    await finish(monitor.execute("block-export-add", export, deadline=deadline))
-
-
 async def remove_scratch(monitor: Monitor, scratch: Scratch, deadline: Deadline) -> None:
     """Removes the node, and with it its bitmap; one that does not exist is gone.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.qmp.bitmaps import remove_bitmap
-from qmpnbd.qmp.exports import remove_export, stop_server
+from qmpnbd.qmp.exports import remove_export
 from qmpnbd.qmp.inventory import read_exports, read_nodes
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import run_of
 from qmpnbd.qmp.rundir import RunDirectory, dead_runs
+from qmpnbd.qmp.server import is_ours, stop_server
 
 
 async def remove_leftovers(monitor: Monitor, base: str | None, deadline: Deadline) -> list[str]:
@@ -46,8 +47,6 @@ async def _remove_run(monitor: Monitor, dead: RunDirectory, deadline: Deadline) 
             if node.node_name and bitmap.name and run_of(bitmap.name) == dead.run:
                 await remove_bitmap(monitor, node.node_name, bitmap.name, deadline)
                 removed.append(f"bitmap {bitmap.name}")
-    listener = dead.listener()
-    is_ours = bool(removed) or (listener is not None and monitor.peer is not None and listener.pid == monitor.peer.pid)
-    if listener is not None and is_ours and await stop_server(monitor, dead, deadline):
+    if await is_ours(monitor, dead, deadline) and await stop_server(monitor, dead, deadline):
         removed.append(f"NBD server at {dead.socket_path}")
     return removed

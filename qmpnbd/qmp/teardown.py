@@ -29,15 +29,18 @@ class TakeDown:
         self._is_gone = is_gone
         self._silent = False
 
-    async def step(self, what: str, work: Callable[[Deadline], Awaitable[object]]) -> None:
+    async def step(
+        self, what: str, work: Callable[[Deadline], Awaitable[object]], seconds: float = TEARDOWN_SECONDS
+    ) -> None:
         """Does one step; a failure is noted in `left`, not raised.
 
         Args:
             what: what is taken down.
             work: does it, within the deadline it is given.
+            seconds: time for it.
         """
         try:
-            await work(Deadline(RETRY_SECONDS if self._silent else TEARDOWN_SECONDS))
+            await work(Deadline(RETRY_SECONDS if self._silent else seconds))
             self._silent = False
         except QmpnbdError as error:
             self._silent = isinstance(error, DeadlineError)

@@ -41,9 +41,9 @@ from qmpnbd.images.chain import LayerSpec
 from qmpnbd.nbd.aio import Client
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmap, remove_bitmap
-from qmpnbd.qmp.exports import add_export, remove_export
+from qmpnbd.qmp.exports import ExportOptions, add_export, exported_node, remove_export
 from qmpnbd.qmp.graph import Link, below, chain_of
-from qmpnbd.qmp.inventory import read_exports, read_graph, require_safe_moment
+from qmpnbd.qmp.inventory import read_graph, require_safe_moment
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import bitmap_name, export_id
 from qmpnbd.qmp.teardown import TakeDown
@@ -103,7 +103,7 @@ async def open_window(
     stack.push_async_callback(_close_all, clients)
     stack.push_async_callback(place.take_down.step, f"export {name}", partial(remove_export, place.monitor, name))
     await require_safe_moment(place.monitor, place.deadline)
-    await add_export(place.monitor, node_name, name, place.deadline, bitmaps=bitmaps)
+    await add_export(place.monitor, node_name, name, place.deadline, ExportOptions(bitmaps=bitmaps))
     uri = replace(place.server, export=name)
     clients.append(await Client.connect(uri, contexts=[context], deadline=place.deadline))
     return Window(name, clients[0])
@@ -178,12 +178,7 @@ class LiveDisk:
 
     async def _exported_node(self) -> str:
         """Returns the node that our export stands on now: it follows the graph, so its node-name changes."""
-        for info in await read_exports(self._place.monitor, self._place.deadline):
-            if info.id == self._window.export:
-                return info.node_name
-        raise InterferenceError(
-            "somebody removed our export", where=f"export {self._window.export}", remedy="Run again."
-        )
+        return await exported_node(self._place.monitor, self._window.export, self._place.deadline)
 
     async def _served(self) -> ExtentMap:
         return (await self._window.client.maps(deadline=self._place.deadline))[DEPTH]

@@ -23,15 +23,16 @@ from itertools import count
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ImageMissingError, MonitorLostError, QmpnbdError, UsageError
+from qmpnbd.export.addresses import shared_server
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.address import MonitorAddress
 from qmpnbd.qmp.disks import Disk, chosen_disks
-from qmpnbd.qmp.exports import start_server, stop_server
 from qmpnbd.qmp.graph import chain_of
 from qmpnbd.qmp.inventory import Inventory, read_inventory, require_no_iothread_bug, require_safe_moment
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
+from qmpnbd.qmp.server import STOP_SECONDS, start_server, stop_server
 from qmpnbd.qmp.teardown import TakeDown
 from qmpnbd.report.model import DiskReport, ValidationReport
 from qmpnbd.validate.live import LiveDisk, Place, in_thread, specs_of
@@ -138,7 +139,7 @@ class _Run:
             raise
 
     async def _judged(self, disks: Sequence[Disk], inventory: Inventory) -> list[DiskReport]:
-        shared = _shared_server(self.options.nbd)
+        shared = None if self.options.nbd is None else shared_server(self.options.nbd)
         async with AsyncExitStack() as stack:
             create = partial(RunDirectory.create, self.options.runtime_dir, for_peer=self.monitor.peer)
             directory = stack.enter_context(create())
@@ -185,17 +186,4 @@ class _Run:
                     f"the NBD server at {directory.socket_path} runs on: others have exports in it"
                 )
 
-        await self.take_down.step(f"NBD server at {directory.socket_path}", stop)
-
-
-def _shared_server(uri: str | None) -> NbdUri | None:
-    if uri is None:
-        return None
-    parsed = NbdUri.parse(uri)
-    if parsed.export:
-        raise UsageError(
-            "the URI of the server names an export",
-            where=uri,
-            remedy="Leave its name out: exports of our own are made.",
-        )
-    return parsed
+        await self.take_down.step(f"NBD server at {directory.socket_path}", stop, STOP_SECONDS)

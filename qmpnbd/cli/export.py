@@ -1,0 +1,204 @@
+"""``qmpnbd export``: disks for other tools, as NBD URIs that work until the command ends."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from qmpnbd.cli import options, output
+from qmpnbd.errors import LeftBehindError, UsageError
+
+if TYPE_CHECKING:
+    from qmpnbd.export.session import Image, Options, Session
+    from qmpnbd.qmp.address import TcpAddress
+    from qmpnbd.report.model import ExportDocument
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "export",
+        help="export disks for other tools, and print their NBD URIs",
+        description="Exports disks of a running QEMU (--qmp), or an image file that no QEMU has open, prints the NBD "
+        "URIs, and keeps the exports until it is told to end: by a signal, by --timeout, or by the end of the command "
+        "of --exec. Then everything is taken down. The disks of a running guest move on while they are read, and what "
+        "is read is of no one instant; the output says so.",
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what", "one of --qmp and IMAGE")
+    what.add_argument("image", nargs="?", metavar="IMAGE", help="an image file or block device, exported read-only")
+    what.add_argument("--qmp", metavar="ADDRESS", help="where the monitor of a running QEMU listens")
+    what.add_argument("--format", metavar="FORMAT", help="IMAGE's format (qcow2, raw, …); it is not guessed")
+    what.add_argument(
+        "--disk",
+        action="append",
+        default=[],
+        metavar="DISK",
+        help="qdev id, QOM path or node-name; can be repeated (default: all disks of the guest)",
+    )
+    what.add_argument(
+        "--bitmap",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="offer a disabled dirty bitmap of each disk; can be repeated",
+    )
+    what.add_argument("--description", default="", metavar="TEXT", help="for clients that list exports")
+    what.add_argument("--iothread", default="", metavar="ID", help="have this iothread of QEMU serve the exports")
+    what.add_argument("--writable", action="store_true", help="let clients write")
+    _add_server(parser)
+    end = parser.add_argument_group("until when")
+    end.add_argument(
+        "--timeout",
+        type=options.seconds,
+        metavar="SECONDS",
+        help="keep the exports for so long at most (default: without end); a command that runs then is ended",
+    )
+    end.add_argument(
+        "--exec",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="run COMMAND with its arguments (all that follows) and end with it and its exit code; QMPNBD_URI and "
+        "QMPNBD_URI_DISK hold the URIs, QMPNBD_EXPORTS the document of --json",
+    )
+    options.add_json(parser, "qmpnbd.export/1")
+    parser.set_defaults(run=run)
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    server = parser.add_argument_group("server", "a UNIX socket in a private directory, unless told otherwise")
+    server.add_argument("--listen", metavar="HOST:PORT", help="a TCP port instead; port 0 for a free one")
+    server.add_argument(
+        "--tls",
+        metavar="DIR",
+        help="TLS: the folder, as QEMU sees it, with ca-cert.pem, server-cert.pem and server-key.pem; clients must "
+        "have a certificate of the same authority",
+    )
+    server.add_argument("--tls-psk", metavar="DIR", help="TLS with shared secrets instead: the folder with keys.psk")
+    server.add_argument(
+        "--tls-authz",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let in only clients whose certificate bears this distinguished name (* and ? as for files); repeatable",
+    )
+    server.add_argument("--insecure", action="store_true", help="a TCP port without TLS")
+    server.add_argument(
+        "--nbd", metavar="URI", help="share the NBD server that this QEMU runs already; it is never stopped"
+    )
+    server.add_argument(
+        "--runtime-dir", metavar="DIR", help="make the private directory in DIR (default: $TMPDIR or /tmp)"
+    )
+    server.add_argument(
+        "--allow-iothread",
+        action="store_true",
+        help="work on disks in an iothread although QEMU 7.x and 8.x may abort when an NBD client is lost",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command."""
+    from qmpnbd.cli import signals
+
+    return signals.run(_run(arguments, _what(arguments), _options(arguments)))
+
+
+def _what(arguments: argparse.Namespace) -> str | Image:
+    from qmpnbd.export.session import Image
+
+    if arguments.exec is not None and not arguments.exec:
+        raise UsageError("no command", where="--exec", remedy="The command and its arguments follow it.")
+    if (arguments.image is None) == (arguments.qmp is None):
+        raise UsageError("what to export is not clear", where="export", remedy="Give either --qmp ADDRESS or IMAGE.")
+    if arguments.qmp is not None:
+        if arguments.format:
+            raise UsageError("QEMU knows the formats of its disks", where="--format", remedy="Leave it out.")
+        address: str = arguments.qmp
+        return address
+    for option in ("disk", "nbd", "writable", "iothread"):
+        if getattr(arguments, option):
+            raise UsageError("only with --qmp", where=f"--{option}", remedy="Leave it out.")
+    if not arguments.format:
+        raise UsageError(
+            "the format of the image is not told",
+            where=arguments.image,
+            remedy="Give --format: guessing could take what a guest wrote into a raw image for a header.",
+        )
+    return Image(arguments.image, arguments.format)
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    from qmpnbd.export.session import Options
+    from qmpnbd.qmp.credentials import ServerTls
+    from qmpnbd.qmp.exports import ExportOptions
+
+    if arguments.nbd and (arguments.listen or arguments.tls or arguments.tls_psk):
+        raise UsageError("a server that runs already is as it is", where="--nbd", remedy="Leave --listen and TLS out.")
+    if arguments.tls and arguments.tls_psk:
+        raise UsageError("either certificates or a shared secret", where="--tls", remedy="Give one of the two.")
+    tls = None
+    if arguments.tls or arguments.tls_psk:
+        kind: Literal["x509", "psk"] = "x509" if arguments.tls else "psk"
+        tls = ServerTls(arguments.tls or arguments.tls_psk, kind, tuple(arguments.tls_authz))
+    elif arguments.tls_authz:
+        raise UsageError("names of certificates, and no TLS", where="--tls-authz", remedy="Give --tls DIR.")
+    return Options(
+        listen=_listen(arguments.listen) if arguments.listen else None,
+        tls=tls,
+        insecure=arguments.insecure,
+        nbd=arguments.nbd,
+        runtime_dir=arguments.runtime_dir,
+        allow_iothread=arguments.allow_iothread,
+        export=ExportOptions(
+            bitmaps=tuple(arguments.bitmap),
+            description=arguments.description,
+            iothread=arguments.iothread,
+            writable=arguments.writable,
+        ),
+    )
+
+
+def _listen(text: str) -> TcpAddress:
+    from qmpnbd.qmp.address import TcpAddress, parse_address
+
+    host, _, port = text.rpartition(":")
+    parsed = parse_address(f"tcp:{text}" if port != "0" else f"tcp:{host}:1")
+    if not isinstance(parsed, TcpAddress):
+        raise UsageError("not HOST:PORT", where=text)
+    return parsed if port != "0" else replace(parsed, port=0)
+
+
+async def _run(arguments: argparse.Namespace, what: str | Image, choice: Options) -> int:
+    from qmpnbd.cli.holding import until_command_ends, until_told
+    from qmpnbd.export.session import exporting
+    from qmpnbd.report.exports import environment, export_document, export_text
+    from qmpnbd.report.jsontext import document_json
+
+    async with exporting(what, arguments.disk, choice) as session:
+        document = export_document(what, session, depth=choice.export.allocation_depth, writable=choice.export.writable)
+        text = document_json(document)
+        if arguments.exec:
+            code = await until_command_ends(session, arguments.exec, environment(document, text), arguments.timeout)
+        else:
+            output.write([text if arguments.json else export_text(document)])
+            await until_told(session, arguments.timeout)
+            code = 0
+        moved = await _moved(session, document)
+    output.tell(*moved, *session.take_down.left)
+    return LeftBehindError.exit_code if session.take_down.left else code
+
+
+async def _moved(session: Session, document: ExportDocument) -> list[str]:
+    """Tells which exports stand on another node than at the beginning: their allocation depths have changed meaning."""
+    from qmpnbd.deadline import Deadline
+
+    found = []
+    for export, entry in zip(session.exports, document.exports, strict=True):
+        now = await session.node_of(export, Deadline(options.SHORT_SECONDS))
+        if now != entry.node_name:
+            found.append(
+                f"the export of {entry.disk} followed the block graph from node {entry.node_name} to {now}: allocation "
+                "depths that were read meanwhile do not count from the same node"
+            )
+    return found

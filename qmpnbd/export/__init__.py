@@ -1,0 +1,1 @@
+"""Disks of a running QEMU, or an image file, exported for other tools."""

@@ -1,0 +1,268 @@
+"""QEMU's NBD server, taken up and down without a trace.
+
+QEMU has one NBD server, tells nobody whether it runs or where, and asks nobody who stops it. So::
+
+    up      marker object, TLS objects -> our socket (getfd) -> nbd-server-start
+    down    no export of anyone, no client of ours -> nbd-server-stop -> objects, the marker last
+
+The marker, an object inside QEMU that carries the run's id (`qmpnbd.qmp.naming.server_object`), tells later that the
+server of this QEMU is this run's, whatever it listens on. A server that was running before is someone else's: it is
+shared if the caller says where it listens, never stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.errors import (
+    CommandFailedError,
+    DeadlineError,
+    ExportRefusedError,
+    ServerBusyError,
+    UnsafeOperationError,
+    UsageError,
+)
+from qmpnbd.qmp.address import TcpAddress, UnixAddress
+from qmpnbd.qmp.credentials import ServerTls, add_credentials, add_object, read_objects, remove_object
+from qmpnbd.qmp.inventory import read_exports
+from qmpnbd.qmp.listeners import free_port, has_clients, listening, remove_socket
+from qmpnbd.qmp.monitor import Monitor, finish
+from qmpnbd.qmp.naming import authorization_object, credentials_object, run_of, server_object
+from qmpnbd.qmp.refusals import explained
+from qmpnbd.qmp.rundir import RunDirectory
+
+STOP_SECONDS = 15.0
+"""Time for `stop_server`: a client that never ends its handshake is sent away by QEMU after 10 s."""
+
+_TRIES = 5
+_LOOK_SECONDS = 0.02
+_HANGING = (7, 8, 9)
+_PROBE = "qmpnbd-probe"
+_PASSED = "qmpnbd-nbd"
+
+Listen = UnixAddress | TcpAddress
+
+
+async def start_server(
+    monitor: Monitor,
+    directory: RunDirectory,
+    deadline: Deadline,
+    *,
+    listen: TcpAddress | None = None,
+    tls: ServerTls | None = None,
+    insecure: bool = False,
+) -> Listen:
+    """Starts QEMU's NBD server for a run.
+
+    Args:
+        monitor: the QEMU.
+        directory: the run's private directory, where the socket lies.
+        deadline: for all of it.
+        listen: a TCP port instead of the socket; port 0 for a free one.
+        tls: TLS, which clients then must use.
+        insecure: a TCP port without TLS: whoever reaches it can read the disks.
+
+    Returns:
+        Where it listens.
+
+    Raises:
+        UsageError: a TCP port without TLS that was not explicitly asked for, or a port that cannot be known.
+        ServerBusyError: someone else's server is running.
+        ExportRefusedError: QEMU refused, for a reason that is known.
+        CommandFailedError: QEMU refused.
+        MonitorLostError: the connection ended.
+        DeadlineError: no reply in time.
+    """
+    if listen is not None and tls is None and not insecure:
+        raise UsageError(
+            "a TCP port without TLS: whoever reaches it can read the disks",
+            where=str(listen),
+            remedy="Give --tls DIR, or --insecure.",
+        )
+    if listen is not None and listen.port == 0 and not monitor.is_local:
+        raise UsageError(
+            "QEMU is on another host and cannot tell which port it chose", where=str(listen), remedy="Give a port."
+        )
+    return await finish(_start(monitor, directory, listen, tls, deadline))
+
+
+async def _start(
+    monitor: Monitor, directory: RunDirectory, listen: TcpAddress | None, tls: ServerTls | None, deadline: Deadline
+) -> Listen:
+    await _require_no_server(monitor, deadline)
+    wanted = listen or UnixAddress(str(directory.socket_path))
+    try:
+        await _mark(monitor, directory.run, deadline)
+        more = {} if tls is None else await add_credentials(monitor, directory.run, tls, deadline)
+        return await _listening_at(monitor, wanted, more, deadline)
+    except CommandFailedError as error:
+        # Nothing runs that the marker could stand for; somebody else's server might.
+        await _remove_objects(monitor, directory.run, deadline)
+        if "already running" in error.description:
+            raise await _busy(monitor, deadline) from error
+        raise
+
+
+async def _require_no_server(monitor: Monitor, deadline: Deadline) -> None:
+    """Asks without side effect: a server on a descriptor that QEMU does not have starts in no case."""
+    address = {"type": "fd", "data": {"str": _PROBE}}
+    try:
+        await monitor.execute("nbd-server-start", {"addr": address}, deadline=deadline)
+    except CommandFailedError as error:
+        if "already running" in error.description:
+            raise await _busy(monitor, deadline) from error
+
+
+async def _busy(monitor: Monitor, deadline: Deadline) -> ServerBusyError:
+    others = [export.id for export in await read_exports(monitor, deadline) if export.type == "nbd"]
+    used = f" (exports: {', '.join(others)})" if others else ""
+    remedy = "Say where it listens with --nbd URI; it is then shared, and left running."
+    if any(run_of(name) for name in others):
+        remedy = (
+            "Another qmpnbd is at work: wait. If it was killed, name its --runtime-dir to have this taken down, "
+            "or run block-export-del with mode hard and then nbd-server-stop in the monitor."
+        )
+    return ServerBusyError(f"this QEMU already runs an NBD server{used}", where=monitor.where, remedy=remedy)
+
+
+async def _mark(monitor: Monitor, run: str, deadline: Deadline) -> None:
+    try:
+        # A group that throttles nothing: the one kind of object that every QEMU has and that does nothing.
+        await add_object(monitor, "throttle-group", server_object(run), {}, deadline)
+    except CommandFailedError as error:
+        if error.error_class != "CommandNotFound":  # the storage daemon of 5.2, known by who listens on our socket
+            raise
+
+
+async def _listening_at(monitor: Monitor, wanted: Listen, more: dict[str, str], deadline: Deadline) -> Listen:
+    """Has the server listen on a socket of ours; where that does not go, QEMU makes one itself."""
+    if monitor.passes_descriptors:
+        try:
+            return await _on_our_socket(monitor, wanted, more, deadline)
+        except OSError:
+            pass  # QEMU may have rights and addresses that we do not have; if not, it says what is wrong
+        except CommandFailedError as error:
+            # The storage daemon takes no descriptors, and 5.2 no TLS on them.
+            too_old = isinstance(error, ExportRefusedError) and error.reason == "tls-needs-tcp"
+            if error.error_class != "CommandNotFound" and not too_old:
+                raise
+    for _ in range(_TRIES - 1):
+        try:
+            return await _on_its_socket(monitor, wanted, more, deadline)
+        except ExportRefusedError as error:
+            if error.reason != "port-in-use" or not isinstance(wanted, TcpAddress) or wanted.port:
+                raise  # else another program took the free port before QEMU did
+    return await _on_its_socket(monitor, wanted, more, deadline)
+
+
+async def _on_our_socket(monitor: Monitor, wanted: Listen, more: dict[str, str], deadline: Deadline) -> Listen:
+    with listening(wanted) as sock:
+        try:
+            await monitor.pass_descriptor(sock.fileno(), _PASSED, deadline)
+            await _command(monitor, {"type": "fd", "data": {"str": _PASSED}}, more, deadline)
+        except CommandFailedError:
+            if isinstance(wanted, UnixAddress):
+                remove_socket(wanted)
+            raise
+        return wanted if isinstance(wanted, UnixAddress) else replace(wanted, port=sock.getsockname()[1])
+
+
+async def _on_its_socket(monitor: Monitor, wanted: Listen, more: dict[str, str], deadline: Deadline) -> Listen:
+    if isinstance(wanted, UnixAddress):
+        await _command(monitor, {"type": "unix", "data": {"path": wanted.path}}, more, deadline)
+        return wanted
+    chosen = wanted
+    if not wanted.port:
+        with contextlib.suppress(OSError):  # QEMU says what is wrong with the address
+            chosen = replace(wanted, port=free_port(wanted.host))
+    await _command(monitor, {"type": "inet", "data": {"host": chosen.host, "port": str(chosen.port)}}, more, deadline)
+    return chosen
+
+
+async def _command(monitor: Monitor, address: dict[str, object], more: dict[str, str], deadline: Deadline) -> None:
+    try:
+        await monitor.execute("nbd-server-start", {"addr": address, **more}, deadline=deadline)
+    except CommandFailedError as error:
+        raise explained(error) from error
+
+
+async def stop_server(
+    monitor: Monitor, directory: RunDirectory, deadline: Deadline, listens: Listen | None = None
+) -> bool:
+    """Stops the server that `start_server` started for this run, if it did and nobody else has exports in it.
+
+    Args:
+        monitor: the QEMU.
+        directory: the run's.
+        deadline: for all of it; `STOP_SECONDS` are enough.
+        listens: where it listens; None for the socket in the directory.
+
+    Returns:
+        Whether nothing of the run's server is left.
+
+    Raises:
+        UnsafeOperationError: a client is connected that this QEMU would wait for with everything else stopped.
+        MonitorError: QEMU refused or is gone.
+        DeadlineError: no reply in time.
+    """
+    return await finish(_stop(monitor, directory, listens or UnixAddress(str(directory.socket_path)), deadline))
+
+
+async def _stop(monitor: Monitor, directory: RunDirectory, listens: Listen, deadline: Deadline) -> bool:
+    if await is_ours(monitor, directory, deadline):
+        if any(export.type == "nbd" for export in await read_exports(monitor, deadline)):
+            return False  # stopping would cut off the clients of exports that are not ours
+        await _until_no_client(monitor, listens, deadline)
+        try:
+            await monitor.execute("nbd-server-stop", deadline=deadline)
+        except CommandFailedError as error:
+            if "not running" not in error.description:
+                raise
+    await _remove_objects(monitor, directory.run, deadline)
+    # Of a socket that was handed over, QEMU may be unable to remove the name.
+    remove_socket(UnixAddress(str(directory.socket_path)))
+    return True
+
+
+async def is_ours(monitor: Monitor, directory: RunDirectory, deadline: Deadline) -> bool:
+    """Returns whether the NBD server of this QEMU is the one that `start_server` started for a run, alive or dead.
+
+    Raises:
+        MonitorLostError: the connection ended.
+        DeadlineError: no reply in time.
+    """
+    if server_object(directory.run) in await read_objects(monitor, deadline):
+        return True
+    listener = directory.listener()
+    return listener is not None and monitor.peer is not None and listener.pid == monitor.peer.pid
+
+
+async def _until_no_client(monitor: Monitor, listens: Listen, deadline: Deadline) -> None:
+    """Waits until nobody is connected, where QEMU would hang otherwise.
+
+    Measured: when its server is stopped, 7.2.22 waits for clients in option haggling while its main loop stands still,
+    and with it the guest, for ever; 5.2 and 10.0 do not. Clients of exports have been cut off before; those in option
+    haggling QEMU sends away after 10 s.
+    """
+    if monitor.version.qemu.major not in _HANGING:
+        return
+    while has_clients(listens):
+        try:
+            left = deadline.remaining("the last NBD client to leave", monitor.where)
+        except DeadlineError as error:
+            raise UnsafeOperationError(
+                "a client is connected to the NBD server without using an export, and this QEMU would hang",
+                where=monitor.where,
+                remedy="End that client, then run nbd-server-stop in the monitor.",
+            ) from error
+        await asyncio.sleep(min(_LOOK_SECONDS, left or _LOOK_SECONDS))
+
+
+async def _remove_objects(monitor: Monitor, run: str, deadline: Deadline) -> None:
+    present = await read_objects(monitor, deadline)
+    for name in (authorization_object(run), credentials_object(run), server_object(run)):
+        if name in present:
+            await remove_object(monitor, name, deadline)
