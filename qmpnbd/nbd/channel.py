@@ -109,7 +109,8 @@ class Inbox:
     @property
     def _dropping(self) -> bool:
         """Whether nobody wants the bytes any more; that may be decided while they arrive."""
-        return isinstance(self.operation, ReceiveInto) and self.operation.buffer is None
+        operation = self.operation
+        return isinstance(operation, ReceiveInto) and operation.buffer is None
 
     def _serve(self) -> None:
         count = min(self.asked - self.have, self._end - self._start)
@@ -137,6 +138,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, where: str) -> None:
         self._sock: socket.socket | TlsSocket = sock
+        self._shows_all = True  # whatever could be received shows at the socket
         self._inbox = Inbox()
         self._outgoing: deque[memoryview] = deque()
         self.where = where
@@ -197,11 +199,14 @@ class Channel:
         if operation is not inbox.operation:
             inbox.ask(operation)
         while inbox.have != inbox.asked:
-            got = self._receive_into(inbox.rooms(), operation.what)
+            rooms = inbox.rooms()
+            got = self._receive_into(rooms, operation.what)
             if not got:
                 return False
             inbox.arrived(got)
-        return True
+            if got < len(rooms[0]) and self._shows_all:
+                break  # the socket is empty: asking it once more would only cost time
+        return inbox.complete
 
     def _receive_into(self, rooms: list[memoryview], what: object) -> int:
         """Receives what is there; 0 if there is nothing."""
@@ -235,7 +240,7 @@ class Channel:
         if isinstance(self._sock, TlsSocket):
             raise TypeError("TLS begins once")
         secure = TlsSocket(self._sock, tls, self.where)
-        self._sock = secure
+        self._sock, self._shows_all = secure, False
         return secure
 
     def close(self) -> None:
