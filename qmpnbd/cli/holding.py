@@ -14,6 +14,7 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.errors import DeadlineError, UsageError
 from qmpnbd.export.session import Session
 from qmpnbd.qmp.monitor import finish
+from qmpnbd.qmp.storage_daemon import ended
 
 END_SECONDS = 10.0
 """How long a command may take to end after SIGTERM, before it is killed."""
@@ -76,18 +77,8 @@ async def until_command_ends(
         code = await ended
         return code if code >= 0 else 128 - code
     finally:
-        await finish(_terminated(process))
+        await finish(ended(process, END_SECONDS))
         await _dropped(ended, watch)
-
-
-async def _terminated(process: asyncio.subprocess.Process) -> None:
-    for end in (process.terminate, process.kill):
-        if process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            end()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), END_SECONDS)
 
 
 async def _reader_gone() -> None:

@@ -93,7 +93,7 @@ async def storage_daemon(
         async with monitor:
             yield monitor
     finally:
-        await finish(_end(process))
+        await finish(ended(process, _END_SECONDS))
 
 
 def _node(image: str, image_format: str) -> dict[str, object]:
@@ -141,11 +141,12 @@ def _start_of(log: Path) -> str:
         return file.read(_LOG_BYTES).decode("utf-8", "replace")
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def ended(process: asyncio.subprocess.Process, seconds: float) -> None:
+    """Has a process of ours end: asks it to, and makes it, each for so many seconds at most."""
     for end in (process.terminate, process.kill):
         if process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
             end()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), _END_SECONDS)
+            await asyncio.wait_for(process.wait(), seconds)
