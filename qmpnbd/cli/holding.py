@@ -68,17 +68,17 @@ async def until_command_ends(
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UsageError(f"cannot be run: {reason}", where=command[0], remedy="Correct what follows --exec.") from error
-    ended = asyncio.ensure_future(process.wait())
+    over = asyncio.ensure_future(process.wait())
     watch = asyncio.ensure_future(session.watch(Deadline(seconds)))
     try:
-        await asyncio.wait({ended, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
+        await asyncio.wait({over, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not over.done():
             watch.result()
-        code = await ended
+        code = await over
         return code if code >= 0 else 128 - code
     finally:
         await finish(ended(process, END_SECONDS))
-        await _dropped(ended, watch)
+        await _dropped(over, watch)
 
 
 async def _reader_gone() -> None:
