@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -74,13 +74,20 @@ def validate(monitor: str, disks: Sequence[str] = (), options: Options | None = 
     return asyncio.run(validate_disks(monitor, disks, options))
 
 
-async def validate_disks(monitor: str, disks: Sequence[str] = (), options: Options | None = None) -> ValidationReport:
+async def validate_disks(
+    monitor: str,
+    disks: Sequence[str] = (),
+    options: Options | None = None,
+    *,
+    on_disk: Callable[[DiskReport], None] | None = None,
+) -> ValidationReport:
     """Validates disks of a running QEMU: is the allocation depth it serves what the image files hold?
 
     Args:
         monitor: where its QMP monitor listens: ``PATH`` or ``HOST:PORT``.
         disks: qdev ids, QOM paths or node-names; none for all disks of the guest.
         options: how to do it.
+        on_disk: is handed the report of each disk as soon as there is one.
 
     Returns:
         The report. If several disks are validated, one that cannot be is reported as ``error`` and the others go on.
@@ -95,7 +102,7 @@ async def validate_disks(monitor: str, disks: Sequence[str] = (), options: Optio
     deadline = Deadline(choice.seconds)
     started = datetime.now(UTC)
     async with await Monitor.connect(monitor, deadline) as connected:
-        run = _Run(connected, choice, deadline, TakeDown(connected.is_gone))
+        run = _Run(connected, choice, deadline, TakeDown(connected.is_gone), on_disk)
         guest, reports = await run.all(disks)
         return ValidationReport(
             monitor=connected.where,
@@ -116,6 +123,7 @@ class _Run:
     options: Options
     deadline: Deadline
     take_down: TakeDown
+    on_disk: Callable[[DiskReport], None] | None
 
     async def all(self, wanted: Sequence[str]) -> tuple[str, list[DiskReport]]:
         try:
@@ -152,6 +160,8 @@ class _Run:
                         raise
                     lost = error if isinstance(error, MonitorLostError) else None
                     reports.append(failed_disk_report(disk, error))
+                if self.on_disk is not None:
+                    self.on_disk(reports[-1])
             return reports
 
     async def _disk(self, disk: Disk, inventory: Inventory, place: Place) -> DiskReport:
