@@ -5,6 +5,7 @@
     QmpnbdError                      70  a fault of qmpnbd itself, or a bug
     ├── UsageError                    2  the caller's mistake
     ├── DeadlineError                50  the time given was not enough
+    ├── ReportFileError              51  a report file could not be written
     ├── MonitorError
     │   ├── MonitorConnectError      10  no such socket, nobody listens, no permission
     │   ├── NotAMonitorError         11  something answers, but it does not speak QMP
@@ -52,7 +53,10 @@ SIGINT, SIGTERM and SIGHUP after everything was taken down.
 
 from __future__ import annotations
 
-from typing import ClassVar
+# Without the module typing, which would be a tenth of the start of `qmpnbd --help`.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 
 class QmpnbdError(Exception):
@@ -87,6 +91,12 @@ class DeadlineError(QmpnbdError):
     """The time given was not enough."""
 
     exit_code = 50
+
+
+class ReportFileError(QmpnbdError):
+    """A report file could not be written; what was there before is unchanged."""
+
+    exit_code = 51
 
 
 class MonitorError(QmpnbdError):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qmpnbd.report import bitmap_model, model
-
-DOCUMENTS = (*model.DOCUMENTS, *bitmap_model.BITMAP_DOCUMENTS)
+from qmpnbd.report.model import DOCUMENTS
 
 FOLDER = Path(__file__).parent.parent / "docs" / "schema"
 

@@ -17,7 +17,8 @@ import pytest
 
 from qmpnbd.cli.exit_codes import exit_codes
 from qmpnbd.printable import printable
-from tests.schemas import DOCUMENTS, FOLDER, schemas
+from qmpnbd.report.model import DOCUMENTS
+from tests.schemas import FOLDER, schemas
 from tests.servers import Server, blockdev, listening, process, qemu, qemu_img, storage_daemon, tool, wait_until
 
 ROOT = Path(__file__).parent.parent

@@ -14,9 +14,15 @@ if TYPE_CHECKING:
     from qmpnbd.control.populate import Source
 
 
+EXAMPLES = (
+    ("qmpnbd bitmap populate --qmp /run/vm.qmp --disk vd0 --name clone --from-depth 1", "what the active layer holds"),
+)
+"""Command lines, and what they are for."""
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    parser = commands.add_parser("bitmap", help="fill a dirty bitmap of a disk from extents", allow_abbrev=False)
+    parser = commands.add_parser("bitmap", allow_abbrev=False)
     verbs = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
     populate = verbs.add_parser(
         "populate",

@@ -20,11 +20,17 @@ _BASE = BASE_ALLOCATION
 _BITMAP = DIRTY_BITMAP
 
 
+EXAMPLES = (
+    ("qmpnbd chain disk.qcow2", "which file holds which byte"),
+    ("qmpnbd chain disk.qcow2 --bitmaps", "the persistent bitmaps of every layer"),
+)
+"""Command lines, and what they are for."""
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "chain",
-        help="show which layer of a backing chain holds each byte, from the files",
         description="Computes what an NBD export of IMAGE would serve as qemu:allocation-depth, or in another metadata "
         "context. An image in use by a running QEMU is shown as its files are now; `qmpnbd validate` is for those. "
         "Ranges that QEMU could not read are shown as unreadable, and the exit code is 47; --nbdinfo and --qemu-img "

@@ -7,12 +7,14 @@ import argparse
 from qmpnbd.cli import options, output
 from qmpnbd.cli.exit_codes import CLEAN, CORRUPT, LEAKS
 
+EXAMPLES = (("qmpnbd check disk.qcow2", "refcounts, leaks, overlaps"),)
+"""Command lines, and what they are for."""
+
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "check",
-        help="hold a qcow2 file's refcounts against what its tables refer to",
         description="Counts what refers to each cluster of IMAGE and holds it against the refcounts, as qemu-img check "
         "does; also finds structures that overlap. Only reads, repairs nothing, and looks at no backing file. An image "
         "in use by a running QEMU is checked as the file is now: faults may mean nothing.",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
     from typing import Any
 
-    from qmpnbd.report.bitmap_model import CheckpointsDocument
+    from qmpnbd.report.model import CheckpointsDocument
 
 SCHEMA = "qmpnbd.checkpoints/1"
 
@@ -24,11 +24,17 @@ _CHANGES = {
 }
 
 
+EXAMPLES = (
+    ("qmpnbd checkpoint list --qmp /run/vm.qmp", "what is recorded, and what is wrong with it"),
+    ("qmpnbd checkpoint create --qmp /run/vm.qmp --chain nightly", "begin the next increment on all disks"),
+)
+"""Command lines, and what they are for."""
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "checkpoint",
-        help="create, list, commit, abort, merge and remove the checkpoints of a chain of backups",
         description="A checkpoint is a point in time since which a dirty bitmap on each disk records what is written. "
         "Several chains can run beside each other. Each change is one transaction: all disks or none.",
         allow_abbrev=False,

@@ -12,9 +12,16 @@ if TYPE_CHECKING:
     from qmpnbd.report.model import DisksDocument
 
 
+EXAMPLES = (
+    ("qmpnbd disks --qmp /run/vm.qmp", "the disks of a running guest"),
+    ("qmpnbd disks --qmp localhost:4444 --json", "the same as one JSON document, over TCP"),
+)
+"""Command lines, and what they are for."""
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    parser = commands.add_parser("disks", help="list the guest's disks and their backing chains", allow_abbrev=False)
+    parser = commands.add_parser("disks", allow_abbrev=False)
     options.add_monitor(parser)
     options.add_json(parser, "qmpnbd.disks/1")
     options.add_timeout(parser, options.SHORT_SECONDS)

@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from qmpnbd.report.model import ExportDocument
 
 
+EXAMPLES = (
+    ("qmpnbd export --qmp /run/vm.qmp --disk vd0", "print the URI of a disk, and keep it until Ctrl-C"),
+    ("qmpnbd export disk.qcow2 --format qcow2 --exec sh -c 'nbdcopy \"$QMPNBD_URI\" disk.raw'", "for one command only"),
+)
+"""Command lines, and what they are for."""
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "export",
-        help="export disks for other tools, and print their NBD URIs",
         description="Exports disks of a running QEMU (--qmp), or an image file that no QEMU has open, prints the NBD "
         "URIs, and keeps the exports until it is told to end: by a signal, by --timeout, or by the end of the command "
         "of --exec. Then everything is taken down. The disks of a running guest move on while they are read, and what "

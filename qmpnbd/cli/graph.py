@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from qmpnbd.report.model import GraphDocument
 
 
+EXAMPLES = (
+    ("qmpnbd graph --qmp /run/vm.qmp", "every node below the disks, as a tree"),
+    ("qmpnbd graph --qmp /run/vm.qmp --svg > graph.svg", "the same as a picture"),
+)
+"""Command lines, and what they are for."""
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "graph",
-        help="show the block graph, and what an export of each node would say",
         description="Shows every node below the guest's disks with its files, exports and bitmaps, and which numbers "
         "an NBD export of it would give as allocation depth: plain, shifted by a filter, or hiding backing files.",
         allow_abbrev=False,

@@ -46,9 +46,16 @@ def _ability(text: str) -> str:
     return found[0]
 
 
+EXAMPLES = (
+    ("qmpnbd info nbd+unix:///?socket=/run/vm.nbd --list", "all exports of a server"),
+    ("qmpnbd info nbd://host/disk --can multi-conn", "an answer as an exit code"),
+)
+"""Command lines, and what they are for."""
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    parser = commands.add_parser("info", help="describe an NBD server and its exports", allow_abbrev=False)
+    parser = commands.add_parser("info", allow_abbrev=False)
     options.add_uri(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="all exports of the server, not only the URI's")

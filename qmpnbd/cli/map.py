@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import TYPE_CHECKING
 
 from qmpnbd.cli import options, output
@@ -13,9 +14,17 @@ if TYPE_CHECKING:
     from qmpnbd.extents import ExtentMap
 
 
+EXAMPLES = (
+    ("qmpnbd map nbd+unix:///disk?socket=/run/vm.nbd", "allocation depth as the server tells it"),
+    ("qmpnbd map nbd://host/disk --context base:allocation --totals", "how much is data, how much a hole"),
+    ("qmpnbd map nbd+unix:///disk?socket=/run/vm.nbd --svg disk.svg", "the same as a picture"),
+)
+"""Command lines, and what they are for."""
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    parser = commands.add_parser("map", help="show what an NBD server says of an export", allow_abbrev=False)
+    parser = commands.add_parser("map", allow_abbrev=False)
     options.add_uri(parser)
     parser.add_argument(
         "--context",
@@ -28,7 +37,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--length", type=options.whole, metavar="BYTES", help="so many bytes (default: to the end of the export)"
     )
     parser.add_argument("--totals", action="store_true", help="how many bytes have each status, not where")
-    options.add_nbdinfo(parser, "nbdinfo --map=NAME", "qmpnbd.map/1")
+    form = options.add_nbdinfo(parser, "nbdinfo --map=NAME", "qmpnbd.map/1")
+    form.add_argument("--svg", metavar="FILE", help="draw the map, a strip a context, as SVG; - for stdout")
     options.add_timeout(parser, options.LONG_SECONDS)
     options.add_tls(parser)
     parser.set_defaults(run=run)
@@ -36,6 +46,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
+    from qmpnbd.cli.reportfile import ReportFile
     from qmpnbd.deadline import Deadline
     from qmpnbd.nbd.client import Client
 
@@ -47,24 +58,31 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.totals and arguments.json:
         raise UsageError("there is no such document", where="--totals --json", remedy="Add up the extents of --json.")
-    deadline = Deadline(arguments.timeout)
-    with Client.connect(arguments.uri, contexts=contexts, deadline=deadline, tls=options.tls(arguments)) as client:
-        found = client.maps(arguments.offset, arguments.length, deadline=deadline)
-        size = client.export.size
-    maps = {context: found[context] for context in contexts}
-    # Each form brings its own renderer in: pydantic alone takes longer than reading most maps.
-    if compatible or arguments.totals:
-        _write_as_nbdinfo(maps, as_json=arguments.nbdinfo, totals=arguments.totals)
-    elif arguments.json:
-        from qmpnbd.report import jsontext
-        from qmpnbd.report.model import MapDocument
+    if arguments.totals and arguments.svg is not None:
+        raise UsageError("a drawing shows where", where="--totals --svg", remedy="Leave one of them out.")
+    with contextlib.nullcontext() if arguments.svg is None else ReportFile.open(arguments.svg) as drawing:
+        deadline = Deadline(arguments.timeout)
+        with Client.connect(arguments.uri, contexts=contexts, deadline=deadline, tls=options.tls(arguments)) as client:
+            found = client.maps(arguments.offset, arguments.length, deadline=deadline)
+            size = client.export.size
+        maps = {context: found[context] for context in contexts}
+        # Each form brings its own renderer in: pydantic alone takes longer than reading most maps.
+        if drawing is not None:
+            from qmpnbd.report.svg import maps_svg
 
-        head = MapDocument(uri=arguments.uri, size=size, offset=arguments.offset, maps=())
-        output.write(jsontext.map_json(head, maps))
-    else:
-        from qmpnbd.report import maptext
+            drawing.finish(maps_svg(arguments.uri, maps, arguments.offset))
+        elif compatible or arguments.totals:
+            _write_as_nbdinfo(maps, as_json=arguments.nbdinfo, totals=arguments.totals)
+        elif arguments.json:
+            from qmpnbd.report import jsontext
+            from qmpnbd.report.model import MapDocument
 
-        output.write(maptext.maps_text(maps, arguments.offset))
+            head = MapDocument(uri=arguments.uri, size=size, offset=arguments.offset, maps=())
+            output.write(jsontext.map_json(head, maps))
+        else:
+            from qmpnbd.report import maptext
+
+            output.write(maptext.maps_text(maps, arguments.offset))
     return 0
 
 

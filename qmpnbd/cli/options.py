@@ -58,8 +58,8 @@ def add_uri(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("uri", metavar="URI", help="nbd[s]://HOST[:PORT]/EXPORT or nbd[s]+unix:///EXPORT?socket=PATH")
 
 
-def add_nbdinfo(parser: argparse.ArgumentParser, command: str, schema: str) -> None:
-    """Adds ``--json``, ``--nbdinfo`` and ``--nbdinfo-text``, of which one can be chosen.
+def add_nbdinfo(parser: argparse.ArgumentParser, command: str, schema: str) -> argparse._MutuallyExclusiveGroup:
+    """Adds ``--json``, ``--nbdinfo`` and ``--nbdinfo-text``, and returns the group, of which one can be chosen.
 
     Args:
         parser: the command's.
@@ -70,6 +70,7 @@ def add_nbdinfo(parser: argparse.ArgumentParser, command: str, schema: str) -> N
     form.add_argument("--json", action="store_true", help=f"print one JSON document (schema {schema})")
     form.add_argument("--nbdinfo", action="store_true", help=f"print the very bytes of {command} --json")
     form.add_argument("--nbdinfo-text", action="store_true", help=f"print the very bytes of {command}")
+    return form
 
 
 def add_timeout(parser: argparse.ArgumentParser, default: float) -> None:

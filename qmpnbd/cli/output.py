@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 
@@ -16,6 +17,11 @@ def write(pieces: Iterable[str | bytes]) -> None:
     for piece in pieces:
         sys.stdout.buffer.write(piece if isinstance(piece, bytes) else piece.encode("utf-8", "backslashreplace"))
     sys.stdout.buffer.flush()
+
+
+def colours() -> bool:
+    """Returns whether stdout is a terminal that shows colours, and nobody wants none (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def complain(error: BaseException) -> None:

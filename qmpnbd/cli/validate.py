@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from qmpnbd.cli import options, output
-from qmpnbd.cli.exit_codes import AGREED, DISCREPANCY, INCOMPLETE
-from qmpnbd.errors import LeftBehindError
+from qmpnbd.cli.exit_codes import AGREED, DISCREPANCY, INCOMPLETE, StoppedBySignal
+from qmpnbd.cli.reports import Reports, add_reports
+from qmpnbd.errors import LeftBehindError, QmpnbdError
 
 if TYPE_CHECKING:
-    from qmpnbd.report.model import ValidationReport
+    from qmpnbd.report.model import DiskReport, ValidationReport
 
 _ROUNDS = 5
+
+EXAMPLES = (
+    ("qmpnbd validate --qmp /run/vm.qmp", "all disks of a running guest"),
+    ("qmpnbd validate --qmp /run/vm.qmp vd0 --html vd0.html", "one disk, with its picture"),
+    ("qmpnbd validate --qmp /run/vm.qmp --junit qmpnbd.xml --ndjson -", "for a build server"),
+)
+"""Command lines, and what they are for."""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,6 +48,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help=f"read a disk that is being written at most N times, 2 or more (default: {_ROUNDS})",
     )
     options.add_sharing(parser)
+    add_reports(parser)
     parser.set_defaults(run=run)
 
 
@@ -55,10 +66,50 @@ def run(arguments: argparse.Namespace) -> int:
         runtime_dir=arguments.runtime_dir,
         allow_iothread=arguments.allow_iothread,
     )
-    report = signals.run(validate_disks(arguments.qmp, arguments.disks, choice))
-    output.write([document_json(report) if arguments.json else validation_text(report)])
-    output.tell(*report.left_behind)
-    return exit_code(report)
+    started = datetime.now(UTC)
+    with Reports.of(arguments) as reports:
+        try:
+            work = validate_disks(arguments.qmp, arguments.disks, choice, on_disk=reports.add)
+            report = signals.run(work)
+        except (QmpnbdError, StoppedBySignal) as error:
+            reports.finish(_partial(arguments.qmp, started, reports.disks, error))
+            raise
+        if not reports.take_stdout:
+            text = document_json(report) if arguments.json else validation_text(report, colours=output.colours())
+            output.write([text])
+        reports.finish(report)
+        output.tell(*report.left_behind)
+        code = exit_code(report)
+        return code if code or reports.failure is None else reports.failure.exit_code
+
+
+def _partial(
+    monitor: str, started: datetime, disks: Sequence[DiskReport], error: QmpnbdError | StoppedBySignal
+) -> ValidationReport:
+    """Returns the report of a run that was ended by `error`: an old one in its place would say what is no longer so."""
+    from qmpnbd.report.model import ErrorEntry, ValidationReport
+    from qmpnbd.validate.outcome import worst
+
+    verdict = worst(disks)
+    if isinstance(error, QmpnbdError):
+        stopped = ErrorEntry.of(error)
+        verdict = "discrepancy" if verdict == "discrepancy" else "error"
+    else:
+        words = f"ended by {error}, everything taken down"
+        stopped = ErrorEntry(
+            type=type(error).__name__, exit_code=error.exit_code, where=monitor, what=words, remedy="Run again."
+        )
+        verdict = "incomplete" if verdict == "agreed" else verdict
+    return ValidationReport(
+        monitor=monitor,
+        qemu="",
+        guest="",
+        started=started.isoformat(timespec="seconds"),
+        verdict=verdict,
+        disks=tuple(disks),
+        left_behind=tuple(getattr(error, "__notes__", ())),
+        stopped=stopped,
+    )
 
 
 def exit_code(report: ValidationReport) -> int:

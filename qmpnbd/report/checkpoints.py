@@ -9,7 +9,7 @@ from qmpnbd.printable import printable as shown
 from qmpnbd.qmp.checkpoint_plan import CheckpointPlan
 from qmpnbd.qmp.checkpoint_state import REASONS, Checkpoint, DiskCheckpoints
 from qmpnbd.qmp.checkpoints import Changed, Listed
-from qmpnbd.report.bitmap_model import (
+from qmpnbd.report.model import (
     CheckpointChangeEntry,
     CheckpointEntry,
     CheckpointsDocument,

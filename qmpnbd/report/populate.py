@@ -5,7 +5,7 @@ from __future__ import annotations
 from qmpnbd.control.populate import Filled
 from qmpnbd.control.ranges import DepthRange
 from qmpnbd.printable import printable as shown
-from qmpnbd.report.bitmap_model import PopulateDocument
+from qmpnbd.report.model import PopulateDocument
 from qmpnbd.report.text import human_size
 
 

@@ -15,6 +15,7 @@ from qmpnbd.report.model import (
     LayerEntry,
     UnreadableEntry,
     ValidationReport,
+    Verdict,
 )
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
@@ -25,6 +26,14 @@ _HEADLINES = {
     "incomplete": "NOT EVERYTHING COULD BE JUDGED",
     "error": "NOT VALIDATED",
 }
+
+_COLOURS: dict[Verdict, str] = {
+    "agreed": "\x1b[1;32m{}\x1b[0m",
+    "discrepancy": "\x1b[1;31m{}\x1b[0m",
+    "incomplete": "\x1b[1;33m{}\x1b[0m",
+    "error": "\x1b[1;31m{}\x1b[0m",
+}
+"""Bold green, red, yellow (ECMA-48, SGR)."""
 
 
 def human_size(count: int) -> str:
@@ -52,12 +61,25 @@ def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[
         yield "  ".join(cells).rstrip()
 
 
-def validation_text(report: ValidationReport) -> str:
-    """Returns a validation report."""
+def validation_text(report: ValidationReport, *, colours: bool = False) -> str:
+    """Returns a validation report.
+
+    Args:
+        report: the report.
+        colours: whether it is for a terminal that shows colours.
+    """
     lines = [f"QEMU {report.qemu}, {guest_words(report.guest)}, monitor {shown(report.monitor)}"]
     for disk in report.disks:
-        lines += ["", *_disk(disk)]
+        headline, *rest = _disk(disk)
+        lines += ["", _COLOURS[disk.verdict].format(headline) if colours else headline, *rest]
+    if report.stopped is not None:
+        lines += ["", shown(f"stopped before all disks were validated: {report.stopped.where}: {report.stopped.what}")]
     return "\n".join(lines) + "\n"
+
+
+def disk_text(disk: DiskReport) -> str:
+    """Returns the part of a validation report that tells of one disk."""
+    return "".join(f"{shown(line)}\n" for line in _disk(disk))
 
 
 def guest_words(status: str) -> str:

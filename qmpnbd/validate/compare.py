@@ -99,6 +99,10 @@ class Comparison:
             if extent.value:
                 yield Discrepancy(extent.offset, extent.end, extent.value >> 32, extent.value & _LOW)
 
+    def discrepancy_map(self) -> ExtentMap:
+        """Returns what is not 0 for every byte of a discrepancy, and 0 elsewhere."""
+        return self._found
+
     def discrepancy_totals(self) -> tuple[int, int]:
         """Returns the number of discrepancies and the bytes in them."""
         bytes_found = self._found.size - self._found.totals().get(0, 0)

@@ -90,6 +90,10 @@ class Findings:
         """Yields every discrepancy, in order."""
         return self._comparison.discrepancies()
 
+    def discrepancy_map(self) -> ExtentMap:
+        """Returns what is not 0 for every byte of a discrepancy, and 0 elsewhere."""
+        return self._comparison.discrepancy_map()
+
     def discrepancy_totals(self) -> tuple[int, int]:
         """Returns the number of discrepancies and the bytes in them."""
         return self._comparison.discrepancy_totals()

@@ -17,6 +17,7 @@ from qmpnbd.report.model import (
     StepEntry,
     Verdict,
 )
+from qmpnbd.report.picture import picture_of
 from qmpnbd.report.strip import STRIP_CELLS, dominant
 from qmpnbd.validate.findings import Findings
 from qmpnbd.validate.reading import Explained
@@ -53,6 +54,7 @@ def disk_report(
         else tuple(DepthTotal(allocation_depth=depth, bytes=total) for depth, total in served.totals().items()),
         extents=0 if served is None else len(served),
         strip=() if served is None else dominant(served, STRIP_CELLS),
+        picture=None if served is None else picture_of(served, findings.discrepancy_map(), aside),
         rounds=findings.rounds,
         discrepancies=tuple(_entry(each) for each in explained),
         discrepancy_count=count,

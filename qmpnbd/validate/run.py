@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -79,7 +79,11 @@ def validate(
 
 
 async def validate_disks(
-    monitor: MonitorAddress | str, disks: Sequence[str] = (), options: Options | None = None
+    monitor: MonitorAddress | str,
+    disks: Sequence[str] = (),
+    options: Options | None = None,
+    *,
+    on_disk: Callable[[DiskReport], None] | None = None,
 ) -> ValidationReport:
     """Validates disks of a running QEMU: is the allocation depth it serves what the image files hold?
 
@@ -87,6 +91,7 @@ async def validate_disks(
         monitor: where its QMP monitor is: an address, or one as people write it (``PATH``, ``HOST:PORT``, ``fd:N``).
         disks: qdev ids, QOM paths or node-names; none for all disks of the guest.
         options: how to do it.
+        on_disk: is handed the report of each disk as soon as there is one.
 
     Returns:
         The report. If several disks are validated, one that cannot be is reported as ``error`` and the others go on.
@@ -101,7 +106,7 @@ async def validate_disks(
     deadline = Deadline(choice.seconds)
     started = datetime.now(UTC)
     async with await Monitor.connect(monitor, deadline) as connected:
-        run = _Run(connected, choice, deadline, TakeDown(connected.is_gone))
+        run = _Run(connected, choice, deadline, TakeDown(connected.is_gone), on_disk)
         guest, reports = await run.all(disks)
         return ValidationReport(
             monitor=connected.where,
@@ -122,6 +127,7 @@ class _Run:
     options: Options
     deadline: Deadline
     take_down: TakeDown
+    on_disk: Callable[[DiskReport], None] | None
 
     async def all(self, wanted: Sequence[str]) -> tuple[str, list[DiskReport]]:
         try:
@@ -160,6 +166,8 @@ class _Run:
                         raise
                     lost = error if isinstance(error, MonitorLostError) else None
                     reports.append(failed_disk_report(disk, error))
+                if self.on_disk is not None:
+                    self.on_disk(reports[-1])
             return reports
 
     async def _disk(self, disk: Disk, inventory: Inventory, place: Place) -> DiskReport:

@@ -1,0 +1,53 @@
+"""The table of commands: a new command is one line here and a module of its own.
+
+The module has ``register(commands)``, which adds the command's parser, and ``EXAMPLES``: command lines, each with what
+it is for. It is imported only if its command was chosen, so that no command makes the others slower.
+"""
+
+from __future__ import annotations
+
+# Without the modules typing and argparse, which would be the most of `qmpnbd --help`.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from types import ModuleType
+
+COMMANDS = {
+    "disks": "list the guest's disks and their backing chains",
+    "graph": "show every node of the block graph, and what an export of it would say",
+    "validate": "prove that the served allocation depth is what the image files hold",
+    "export": "export disks for other tools, until told to stop",
+    "checkpoint": "keep the bitmaps that incremental backups go by",
+    "bitmap": "fill a dirty bitmap",
+    "map": "show what an NBD server says of an export",
+    "info": "describe an NBD server and its exports",
+    "chain": "show which layer of a backing chain holds each byte, from the files",
+    "check": "hold a qcow2 file's refcounts against what its tables refer to",
+    "completion": "print what makes a shell complete commands and options",
+}
+"""Name -> what the command does, in the order of ``qmpnbd --help``; the module is ``qmpnbd.cli.NAME``."""
+
+
+def register(name: str, commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Adds the parser of a command, and returns it with what every command has."""
+    import importlib
+
+    module = importlib.import_module(f"qmpnbd.cli.{name}")
+    module.register(commands)
+    parser = commands.choices[name]
+    parser.description = parser.description or f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
+    parser.epilog = _examples(module)
+    add_verbosity(parser)
+    return parser
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--verbose`` and ``--quiet``."""
+    verbosity = parser.add_mutually_exclusive_group()
+    verbosity.add_argument("-v", "--verbose", action="count", default=0, help="tell on stderr what is done; -vv more")
+    verbosity.add_argument("-q", "--quiet", action="store_true", help="tell only errors on stderr")
+
+
+def _examples(module: ModuleType) -> str:
+    lines = [f"  {line}\n      {what}" for line, what in module.EXAMPLES]
+    return "examples:\n" + "\n".join(lines)

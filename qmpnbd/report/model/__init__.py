@@ -1,0 +1,112 @@
+"""The documents this package gives out: one versioned schema each, the same in the library and in ``--json``.
+
+A document names its schema (``qmpnbd.validate/1``). Within a number, fields are only added; anything else is a new
+number. The JSON schemas under ``docs/schema`` are generated from here. Offsets, ends, lengths and sizes are bytes;
+extents are half-open. A document has a module of its own; what several share is in ``parts``.
+"""
+
+from __future__ import annotations
+
+from qmpnbd.report.model.bitmaps import BitmapEntry, BitmapsDocument
+from qmpnbd.report.model.chain import ChainDocument
+from qmpnbd.report.model.check import CheckDocument, CheckVerdict, FindingEntry, PlaceEntry
+from qmpnbd.report.model.checkpoints import (
+    CheckpointChangeEntry,
+    CheckpointEntry,
+    CheckpointsDocument,
+    CheckpointState,
+    DiskCheckpointsEntry,
+)
+from qmpnbd.report.model.disks import DiskEntry, DisksDocument, NodeEntry
+from qmpnbd.report.model.error import ErrorDocument
+from qmpnbd.report.model.export import DiskExportEntry, ExportDocument
+from qmpnbd.report.model.graph import (
+    ChildEntry,
+    DepthEntry,
+    ExportReport,
+    GraphDiskEntry,
+    GraphDocument,
+    GraphNodeEntry,
+)
+from qmpnbd.report.model.info import ExportEntry, InfoDocument
+from qmpnbd.report.model.map import ContextMap, MapDocument
+from qmpnbd.report.model.parts import Document, ErrorEntry, ExtentEntry, LayerEntry, Part, RangeEntry, UnreadableEntry
+from qmpnbd.report.model.populate import PopulateDocument
+from qmpnbd.report.model.validate import (
+    DepthTotal,
+    DiscrepancyEntry,
+    DiskLine,
+    DiskReport,
+    Picture,
+    StepEntry,
+    SummaryLine,
+    ValidationReport,
+    Verdict,
+)
+
+__all__ = [
+    "DOCUMENTS",
+    "BitmapEntry",
+    "BitmapsDocument",
+    "ChainDocument",
+    "CheckDocument",
+    "CheckVerdict",
+    "CheckpointChangeEntry",
+    "CheckpointEntry",
+    "CheckpointState",
+    "CheckpointsDocument",
+    "ChildEntry",
+    "ContextMap",
+    "DepthEntry",
+    "DepthTotal",
+    "DiscrepancyEntry",
+    "DiskCheckpointsEntry",
+    "DiskEntry",
+    "DiskExportEntry",
+    "DiskLine",
+    "DiskReport",
+    "DisksDocument",
+    "Document",
+    "ErrorDocument",
+    "ErrorEntry",
+    "ExportDocument",
+    "ExportEntry",
+    "ExportReport",
+    "ExtentEntry",
+    "FindingEntry",
+    "GraphDiskEntry",
+    "GraphDocument",
+    "GraphNodeEntry",
+    "InfoDocument",
+    "LayerEntry",
+    "MapDocument",
+    "NodeEntry",
+    "Part",
+    "Picture",
+    "PlaceEntry",
+    "PopulateDocument",
+    "RangeEntry",
+    "StepEntry",
+    "SummaryLine",
+    "UnreadableEntry",
+    "ValidationReport",
+    "Verdict",
+]
+
+DOCUMENTS: tuple[type[Document], ...] = (
+    ValidationReport,
+    DisksDocument,
+    GraphDocument,
+    ExportDocument,
+    CheckpointsDocument,
+    PopulateDocument,
+    MapDocument,
+    ChainDocument,
+    InfoDocument,
+    CheckDocument,
+    BitmapsDocument,
+    ErrorDocument,
+    DiskLine,
+    SummaryLine,
+)
+"""Every document there is; their schemas are committed under ``docs/schema``."""

@@ -1,0 +1,56 @@
+"""The document of ``qmpnbd export``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from qmpnbd.report.model.parts import Document, Part
+
+
+class DiskExportEntry(Part):
+    """An export that was made for other tools.
+
+    Attributes:
+        disk: the disk, as it can be addressed; for an image file, its node.
+        qom_path: the device's QOM path; empty for a node without a device.
+        node_name: the node that was exported. An export follows the block graph, so it may stand on another later.
+        export: the export's id inside QEMU, and its name for NBD clients.
+        uri: where NBD clients find it. A client's own certificates or secret are not in it.
+        size: bytes.
+        read_only: whether clients may only read.
+        contexts: the metadata contexts it offers.
+        variable: the environment variable that holds the URI for ``--exec``.
+    """
+
+    disk: str
+    qom_path: str
+    node_name: str
+    export: str
+    uri: str
+    size: int
+    read_only: bool
+    contexts: tuple[str, ...]
+    variable: str
+
+
+class ExportDocument(Document):
+    """What ``qmpnbd export`` tells when everything is up.
+
+    Attributes:
+        monitor: the QMP address; null for an image file.
+        image: the image file; null for a running QEMU.
+        qemu: QEMU's version.
+        guest: the guest's status when it was exported.
+        consistent: whether the exports show one instant that stays readable; if not, they move with the guest.
+        exports: the exports.
+    """
+
+    schema_: Literal["qmpnbd.export/1"] = Field(default="qmpnbd.export/1", alias="schema")
+    monitor: str | None
+    image: str | None
+    qemu: str
+    guest: str
+    consistent: bool
+    exports: tuple[DiskExportEntry, ...]
