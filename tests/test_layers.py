@@ -18,6 +18,7 @@ DOORS = {"nbd.client", "nbd.aio", "nbd.runner", "nbd.aio_runner", "nbd.channel",
 DOORS |= {"nbd.tls_socket", "nbd.stepwise", "nbd.aio_stepwise"}
 DOORS |= {"qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.bitmaps", "qmp.recover"}
 DOORS |= {"qmp.teardown", "qmp.process", "qmp.rundir"}
+DOORS |= {"qmp.planning", "qmp.pointintime", "qmp.held", "qmp.scratch", "qmp.jobs", "qmp.undoing"}
 DOORS |= {"images.files", "images.layers", "images.hostfile", "images.qcow2_file"}
 DOORS |= {"images.qcow2_source", "images.qcow2_metadata", "images.tabled_source", "images.check_file", "images.content"}
 """Layer 2; everything else below nbd, qmp and images is layer 1."""
@@ -41,7 +42,7 @@ def layer_of(name: str) -> int:
         return 0
     if package in SISTERS:
         return 2 if name in DOORS else 1
-    if package in ("validate", "report"):
+    if package in ("validate", "report", "backup"):
         return 3
     assert package in ("cli", "__main__"), f"{name} belongs to no layer of docs/design.md"
     return 4

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qmpnbd import __version__
-from qmpnbd.cli import chain, check, disks, info, output, validate
+from qmpnbd.cli import chain, check, disks, info, output, recover, status, validate
 from qmpnbd.cli import map as map_command
 from qmpnbd.cli.exit_codes import BROKEN_PIPE, INTERRUPTED, StoppedBySignal, exit_code_help
 from qmpnbd.errors import QmpnbdError
@@ -28,6 +28,8 @@ Prove that the allocation depth a running QEMU serves over NBD is what its disk 
   qmpnbd info nbd+unix:///?socket=/run/x     what it can do, and which exports it has
   qmpnbd chain disk.qcow2                    what the image files hold, without QEMU
   qmpnbd check disk.qcow2                    what is wrong inside an image file
+  qmpnbd status --qmp /run/vm.qmp            what qmpnbd has in a running QEMU, and whose it is
+  qmpnbd recover --qmp /run/vm.qmp           takes down what killed runs left there
 """
 
 
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qmpnbd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (disks, validate, map_command, info, chain, check):
+    for command in (disks, validate, map_command, info, chain, check, status, recover):
         command.register(commands)
     return parser
 

@@ -52,11 +52,25 @@ class MigrationInfo(QmpModel):
     status: str | None = None
 
 
+class FormatData(QmpModel):
+    """What a format says of itself, as far as it is asked: a qcow2 image's subclusters."""
+
+    extended_l2: bool = False
+
+
+class FormatInfo(QmpModel):
+    """Member of `ImageInfo`: a format's own words."""
+
+    data: FormatData = FormatData()
+
+
 class ImageInfo(QmpModel):
     """What a node says about its image; of `filename` only a protocol node's is a plain file name."""
 
     filename: str
     virtual_size: int
+    cluster_size: int | None = None
+    format_specific: FormatInfo | None = None
 
 
 class BlockDirtyInfo(QmpModel):
@@ -111,6 +125,23 @@ class BlockExportInfo(QmpModel):
     id: str
     type: str
     node_name: str
+
+
+class JobInfo(QmpModel):
+    """Member of the reply of ``query-jobs``; `error` is told once the job has failed."""
+
+    id: str
+    type: str
+    status: str
+    current_progress: int
+    error: str | None = None
+
+
+class ObjectProperty(QmpModel):
+    """Member of the reply of ``qom-list``: of ``/objects``, a user's object."""
+
+    name: str
+    type: str
 
 
 def parse_reply(kind: type[T], reply: object, *, command: str, where: str) -> T:

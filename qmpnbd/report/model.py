@@ -498,6 +498,88 @@ class CheckDocument(Document):
     findings: tuple[FindingEntry, ...]
 
 
+class ThingEntry(Part):
+    """Something that a run of qmpnbd made in a QEMU.
+
+    Attributes:
+        kind: ``export``, ``job``, ``node``, ``bitmap`` or ``object``.
+        name: its name.
+        detail: more, for people.
+    """
+
+    kind: Literal["export", "job", "node", "bitmap", "object"]
+    name: str
+    detail: str
+
+
+class RunEntry(Part):
+    """A run of qmpnbd, and what of it is in a QEMU.
+
+    Attributes:
+        run: its id; every name is made of it.
+        state: ``alive``; ``dead``; ``unknown`` (its private directory is not here).
+        things: what is there.
+    """
+
+    run: str
+    state: Literal["alive", "dead", "unknown"]
+    things: tuple[ThingEntry, ...]
+
+
+class StatusDocument(Document):
+    """The result of ``qmpnbd status``: what of ours is in a QEMU.
+
+    Attributes:
+        monitor: the QMP address.
+        qemu: QEMU's version.
+        guest: the guest's status in QEMU's words; ``storage daemon`` if there is none.
+        nbd_server: whether QEMU's NBD server runs, anyone's.
+        runs: the runs of which something is there.
+    """
+
+    schema_: Literal["qmpnbd.status/1"] = Field(default="qmpnbd.status/1", alias="schema")
+    monitor: str
+    qemu: str
+    guest: str
+    nbd_server: bool
+    runs: tuple[RunEntry, ...]
+
+
+class TakenDownEntry(Part):
+    """Something that was taken down.
+
+    Attributes:
+        run: the run that had made it.
+        what: what it was, in words.
+        commands: the QMP commands for it; empty where QEMU was not told anything (files).
+    """
+
+    run: str
+    what: str
+    commands: tuple[dict[str, object], ...]
+
+
+class RecoverDocument(Document):
+    """The result of ``qmpnbd recover``.
+
+    Attributes:
+        monitor: the QMP address.
+        dry_run: nothing was done: `taken_down` is what would be.
+        taken_down: what was taken down, in order.
+        left_behind: what could not be, with the reason.
+        unknown: runs that were left alone because it is not known whether they live.
+        alive: runs that were left alone because they live.
+    """
+
+    schema_: Literal["qmpnbd.recover/1"] = Field(default="qmpnbd.recover/1", alias="schema")
+    monitor: str
+    dry_run: bool
+    taken_down: tuple[TakenDownEntry, ...]
+    left_behind: tuple[str, ...]
+    unknown: tuple[str, ...]
+    alive: tuple[str, ...]
+
+
 class ErrorDocument(Document):
     """What is on stdout instead of a result when ``--json`` was asked for and the command failed."""
 
@@ -513,6 +595,8 @@ DOCUMENTS: tuple[type[Document], ...] = (
     InfoDocument,
     CheckDocument,
     BitmapsDocument,
+    StatusDocument,
+    RecoverDocument,
     ErrorDocument,
 )
 """Every document there is; their schemas are committed under ``docs/schema``."""
