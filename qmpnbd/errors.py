@@ -22,7 +22,9 @@
     ├── DiskError
     │   ├── NoSuchDiskError          20  no disk of that name
     │   ├── DiskNotLocalError        21  the disk is not made of files that can be read here
-    │   └── GraphUnsupportedError    22  a block graph whose depth is not known for certain
+    │   ├── GraphUnsupportedError    22  a block graph whose depth is not known for certain
+    │   ├── DiskBusyError            27  another job, a snapshot or a filter holds the disk
+    │   └── ScratchError             25  no room for what the guest overwrites, or the room ran out
     ├── ServerBusyError              23  this QEMU already runs an NBD server, and it cannot be reached
     ├── BitmapError                  26  a bitmap or checkpoint is missing, undecided, in use, or cannot be made
     ├── AgentError
@@ -235,6 +237,18 @@ class GraphUnsupportedError(DiskError):
     """A block graph for which the right allocation depth is not known for certain."""
 
     exit_code = 22
+
+
+class DiskBusyError(DiskError):
+    """Another job, a snapshot or somebody's filter holds the disk."""
+
+    exit_code = 27
+
+
+class ScratchError(DiskError):
+    """The scratch space for a point in time cannot be made, or ran out."""
+
+    exit_code = 25
 
 
 class ServerBusyError(QmpnbdError):

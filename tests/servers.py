@@ -149,17 +149,8 @@ class Server:
 def qemu(*arguments: str, cwd: Path | None = None, program: str = "") -> Iterator[Server]:
     """Runs qemu-system-x86_64, paused before its first instruction, with `arguments` for its disks."""
     with short_folder() as folder:
-        command = [
-            program or tool("qemu-system-x86_64"),
-            "-accel",
-            "tcg",
-            "-nodefaults",
-            "-display",
-            "none",
-            "-S",
-            "-m",
-            "32",
-        ]
+        command = [program or tool("qemu-system-x86_64"), "-accel", "tcg", "-nodefaults"]
+        command += ["-display", "none", "-S", "-m", "32"]
         command += ["-qmp", f"unix:{folder}/qmp,server=on,wait=off", "-qmp", f"unix:{folder}/side,server=on,wait=off"]
         with _server([*command, *arguments], folder, cwd) as server:
             yield server

@@ -21,6 +21,7 @@ DOORS |= {"qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.bitmaps", "qmp.rec
 DOORS |= {"qmp.checkpoints", "qmp.populate", "qmp.agent", "qmp.agent_journal", "qmp.quiesce"}
 DOORS |= {"qmp.teardown", "qmp.process", "qmp.rundir", "qmp.server", "qmp.listeners", "qmp.credentials"}
 DOORS |= {"qmp.storage_daemon"}
+DOORS |= {"qmp.planning", "qmp.pointintime", "qmp.held", "qmp.scratch", "qmp.jobs", "qmp.undoing"}
 DOORS |= {"images.files", "images.layers", "images.hostfile", "images.qcow2_file"}
 DOORS |= {"images.qcow2_source", "images.qcow2_metadata", "images.tabled_source", "images.check_file", "images.content"}
 DOORS |= {"images.block_source", "images.members"}
@@ -45,7 +46,7 @@ def layer_of(name: str) -> int:
         return 0
     if package in SISTERS:
         return 2 if name in DOORS else 1
-    if package in ("validate", "control", "export", "report"):
+    if package in ("validate", "control", "export", "backup", "report"):
         return 3
     assert package in ("cli", "__main__"), f"{name} belongs to no layer of docs/design.md"
     return 4

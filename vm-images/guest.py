@@ -26,6 +26,9 @@ Words on the kernel command line:
 ``qmpnbd.agent=yes``
     Before ``ready``, make a filesystem on ``/dev/vdb`` and mount it, start the guest agent on the first port of
     virtio-serial, and write a counter to a file all the time, reported as ``qmpnbd-guest: file N`` once it is synced.
+``qmpnbd.write=pairs``
+    After ``ready``, go on writing records, each first to ``/dev/vda`` and then to ``/dev/vdb``, at the same place (see
+    ``pair_place``). They are not reported: at any moment the second disk has as many as the first one, or one less.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ PLACES = (1 * MIB, 9 * MIB + 3 * RECORD, 34 * MIB, 50 * MIB, 70 * MIB, 100 * MIB
 # Time to `ready` under TCG (QEMU 7.2, an idle machine): 2.4 s for a bzImage, a gzipped archive and the console alone,
 # 1.8 s with all that is done here; a slow host shows more of it. `acpi=off` would save 0.4 s, and cost hot plugging.
 APPEND = "console=ttyS0 quiet nokaslr mitigations=off cryptomgr.notests tsc=reliable no_timer_check panic=-1"
+
+STRIDE = 1103515245  # odd, so that it meets every block of a disk whose size is a power of two
 
 MODULES = ("virtio_pci", "virtio_blk")
 APPLETS = ("sh", "mount", "insmod", "dd", "sleep", "mkdir", "mke2fs", "sync")
@@ -85,10 +90,13 @@ while ! [ -b /dev/vda ]; do
 done
 
 number=0
+put() {
+    printf '%-4095s\\n' "qmpnbd record $number at $1" |
+        dd of="/dev/$2" bs=4096 seek="$1" oflag=seek_bytes,direct conv=notrunc 2> /dev/null
+}
 record() {
     number=$((number + 1))
-    if printf '%-4095s\\n' "qmpnbd record $number at $1" |
-        dd of=/dev/vda bs=4096 seek="$1" oflag=seek_bytes,direct conv=notrunc 2> /dev/null
+    if put "$1" vda
     then echo "qmpnbd-guest: record $number at $1"
     else echo "qmpnbd-guest: record $number at $1 failed"
     fi
@@ -120,8 +128,28 @@ if [ "$write" = steady ]; then
         record $(((seed >> 3) % blocks * 4096))
     done
 fi
+if [ "$write" = pairs ]; then
+    read -r sectors < /sys/class/block/vdb/size
+    blocks=$((sectors / 8))
+    number=0
+    while :; do
+        number=$((number + 1))
+        place=$(((number * @STRIDE@ + 12345) % blocks * 4096))
+        put $place vda && put $place vdb || echo "qmpnbd-guest: pair $number at $place failed"
+    done
+fi
 while :; do sleep 86400; done
 """
+
+
+def pair_place(number: int, size: int) -> int:
+    """Where a pair goes, in bytes: all over the disk, and no place twice before every one was used.
+
+    Args:
+        number: 1 for the first pair.
+        size: bytes of the second disk, a power of two.
+    """
+    return (number * STRIDE + 12345) % (size // RECORD) * RECORD
 
 
 class GuestError(Exception):
@@ -355,6 +383,7 @@ def _initramfs(parts: _Parts) -> bytes:
         INIT.replace("@MODULES@", " ".join(name for name, _ in parts.modules))
         .replace("@PLACES@", ",".join(map(str, PLACES)))
         .replace("@READY@", READY)
+        .replace("@STRIDE@", str(STRIDE))
     )
     archive = _Newc()
     for folder in ("bin", "dev", "lib", "lib/x86_64-linux-gnu", "lib64", "proc", "sys"):

@@ -19,6 +19,8 @@ COMMANDS = {
     "export": "export disks for other tools, until told to stop",
     "checkpoint": "keep the bitmaps that incremental backups go by",
     "bitmap": "fill a dirty bitmap",
+    "status": "show what qmpnbd has in a running QEMU",
+    "recover": "take down what killed runs left in a running QEMU",
     "map": "show what an NBD server says of an export",
     "info": "describe an NBD server and its exports",
     "chain": "show which layer of a backing chain holds each byte, from the files",

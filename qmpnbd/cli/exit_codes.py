@@ -23,7 +23,8 @@ TERMINATED = 143
 _OTHERS = {
     AGREED: "success; validate: served and computed agree; check: clean",
     DISCREPANCY: "validate: served and computed differ; info --can: no; check: corruptions or overlaps",
-    INCOMPLETE: "validate: no discrepancy, but not everything could be judged; check: leaks, nothing worse",
+    INCOMPLETE: "validate: no discrepancy, but not everything could be judged; check: leaks, nothing worse; "
+    "recover: runs of unknown state were left alone",
     UNREADABLE: "chain: some ranges cannot be read, and are shown as such",
     HANGUP: "ended by SIGHUP, everything taken down",
     INTERRUPTED: "ended by Ctrl-C (SIGINT), everything taken down",

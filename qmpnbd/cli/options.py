@@ -151,6 +151,15 @@ def add_sharing(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_runtime_dir(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--runtime-dir`` for commands that look for the directories of other runs."""
+    parser.add_argument(
+        "--runtime-dir",
+        metavar="DIR",
+        help="where the private directories of runs are, which tell whether they live (default: $TMPDIR or /tmp)",
+    )
+
+
 def add_tls(parser: argparse.ArgumentParser) -> None:
     """Adds what TLS needs beside the URI; `tls` makes the parameters of it."""
     group = parser.add_argument_group(

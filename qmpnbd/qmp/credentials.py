@@ -121,6 +121,5 @@ async def read_objects(monitor: Monitor, deadline: Deadline) -> list[str]:
         reply = await monitor.execute("qom-list", {"path": "/objects"}, deadline=deadline)
     except CommandFailedError:
         return []  # the storage daemon of 5.2 has no place for them
-    return [
-        entry.name for entry in parse_reply(list[ObjectPropertyInfo], reply, command="qom-list", where=monitor.where)
-    ]
+    listed = parse_reply(list[ObjectPropertyInfo], reply, command="qom-list", where=monitor.where)
+    return [each.name for each in listed if each.type.startswith("child<")]

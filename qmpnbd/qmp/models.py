@@ -55,9 +55,10 @@ class MigrationInfo(QmpModel):
 
 
 class FormatData(QmpModel):
-    """What a format tells of itself; ``compat`` is qcow2's version, ``0.10`` or ``1.1``."""
+    """What a format tells of itself: qcow2 its version, ``0.10`` or ``1.1``, and whether it has subclusters."""
 
     compat: str | None = None
+    extended_l2: bool = False
 
 
 class FormatInfo(QmpModel):
@@ -71,6 +72,7 @@ class ImageInfo(QmpModel):
 
     filename: str
     virtual_size: int
+    cluster_size: int | None = None
     format_specific: FormatInfo | None = None
 
 
@@ -137,11 +139,13 @@ class BlockExportInfo(QmpModel):
 
 
 class JobInfo(QmpModel):
-    """Member of the reply of ``query-jobs``."""
+    """Member of the reply of ``query-jobs``; `error` is told once the job has failed."""
 
     id: str
     type: str
     status: str
+    current_progress: int
+    error: str | None = None
 
 
 class BlockExportDeleted(QmpModel):
@@ -229,9 +233,10 @@ class Reply(QmpModel):
 
 
 class ObjectPropertyInfo(QmpModel):
-    """Member of the reply of ``qom-list``: a property, or a child."""
+    """Member of the reply of ``qom-list``: a property, or a child (of ``/objects``, a user's object)."""
 
     name: str
+    type: str
 
 
 def parse_reply(kind: type[T], reply: object, *, command: str, where: str) -> T:

@@ -4,11 +4,7 @@ QEMU keeps exports and its NBD server when the one who made them is killed. So e
 
     qmpnbd-3f9a01c7-x0
     ------ -------- --
-    prefix   run    role and number
-
-    x  export                          m  object that marks the NBD server as ours
-    b  bitmap                          t  TLS credentials of the server
-    s  scratch node                    z  list of clients that may use it
+    prefix   run    role and number (x: export, b: bitmap, others: `Role`)
 
 The run is also the name of its private directory, whose lock tells whether the run still lives
 (`qmpnbd.qmp.rundir`). A later run needs no other record to recognise leftovers.
@@ -26,6 +22,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from enum import StrEnum
 from typing import NamedTuple
 
 PREFIX = "qmpnbd"
@@ -37,6 +34,50 @@ CHAIN_ID = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{MAX_CHAIN_ID - 1}}}", re.A
 
 _CHECKPOINT = re.compile(rf"{PREFIX}\.({CHAIN_ID.pattern})\.c([1-9][0-9]{{0,17}})\.([0-9a-f]{{8}})", re.ASCII)
 _RUN = re.compile(rf"{PREFIX}-([0-9a-f]{{8}})(?:-.*)?", re.DOTALL)
+_ROLE = re.compile(rf"{PREFIX}-[0-9a-f]{{8}}-([a-z]+)([0-9]{{1,9}})")
+
+
+class Role(StrEnum):
+    """What something of a run is for; the letters in its name."""
+
+    SCRATCH = "s"
+    """Node that keeps what the guest overwrites, or that keeps nothing; also the scratch file's name."""
+
+    SCRATCH_FILE = "sf"
+    """Protocol node below a scratch node."""
+
+    JOB = "j"
+    """Block job."""
+
+    FILTER = "f"
+    """Filter node that a job inserts."""
+
+    TOUCH = "t"
+    """Dirty bitmap of what was written before the instant."""
+
+    COPY = "c"
+    """copy-before-write node."""
+
+    ACCESS = "a"
+    """snapshot-access node."""
+
+    OVERLAY = "o"
+    """Node of the overlay of an external snapshot, which holds the guest's newest data; also the file's name."""
+
+    OVERLAY_FILE = "of"
+    """Protocol node below an overlay node."""
+
+    PAUSE = "p"
+    """Object that says: the guest was paused by us."""
+
+    SERVER = "m"
+    """Object that marks the NBD server as ours."""
+
+    CREDENTIALS = "k"
+    """TLS credentials of the server."""
+
+    CLIENTS = "z"
+    """List of clients that may use the server."""
 
 
 def new_run() -> str:
@@ -73,7 +114,7 @@ def bitmap_name(run: str, number: int) -> str:
 
 def scratch_name(run: str, number: int) -> str:
     """Returns the name of a run's scratch node; shorter than the 31 characters that QEMU takes."""
-    return f"{PREFIX}-{run}-s{number}"
+    return name_of(run, Role.SCRATCH, number)
 
 
 def new_backup() -> str:
@@ -89,17 +130,34 @@ def checkpoint_of(name: str) -> CheckpointName | None:
 
 def server_object(run: str) -> str:
     """Returns the id of the object that is there while a run's NBD server is."""
-    return f"{PREFIX}-{run}-m0"
+    return name_of(run, Role.SERVER, 0)
 
 
 def credentials_object(run: str) -> str:
     """Returns the id of the TLS credentials of a run's NBD server."""
-    return f"{PREFIX}-{run}-t0"
+    return name_of(run, Role.CREDENTIALS, 0)
 
 
 def authorization_object(run: str) -> str:
     """Returns the id of the list of clients that a run's NBD server lets in."""
-    return f"{PREFIX}-{run}-z0"
+    return name_of(run, Role.CLIENTS, 0)
+
+
+def name_of(run: str, role: Role, number: int) -> str:
+    """Returns the name of something of a run; short enough for a node-name (31 bytes) up to a million of them."""
+    return f"{PREFIX}-{run}-{role}{number}"
+
+
+def role_of(name: str) -> Role | None:
+    """Returns what something of this name is for, or None if it is not of our making, an export or a bitmap."""
+    match = _ROLE.fullmatch(name)
+    return Role(match[1]) if match and match[1] in set(Role) else None
+
+
+def number_of(name: str) -> int:
+    """Returns the number in a name that has a role; 0 in others."""
+    match = _ROLE.fullmatch(name)
+    return int(match[2]) if match else 0
 
 
 def run_directory_name(run: str) -> str:

@@ -2,18 +2,135 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+
 from qmpnbd.deadline import Deadline
-from qmpnbd.qmp.bitmaps import remove_bitmap
-from qmpnbd.qmp.exports import remove_export
-from qmpnbd.qmp.inventory import read_exports, read_nodes
+from qmpnbd.errors import CommandFailedError, LeftBehindError
+from qmpnbd.qmp.credentials import read_objects
+from qmpnbd.qmp.inventory import guest_status, read_exports, read_inventory, read_nodes
+from qmpnbd.qmp.jobs import read_jobs
+from qmpnbd.qmp.leftovers import Contents, Thing, things_by_run, undo_of
 from qmpnbd.qmp.monitor import Monitor
-from qmpnbd.qmp.naming import run_of
-from qmpnbd.qmp.rundir import RunDirectory, dead_runs
-from qmpnbd.qmp.server import is_ours, stop_server
+from qmpnbd.qmp.naming import PREFIX
+from qmpnbd.qmp.rundir import RunDirectory, dead_runs, is_alive
+from qmpnbd.qmp.scratch import noted_images
+from qmpnbd.qmp.server import STOP_SECONDS, is_ours, stop_server
+from qmpnbd.qmp.teardown import TakeDown
+from qmpnbd.qmp.undo import StopServer, Undo
+from qmpnbd.qmp.undoing import take_down
+
+_MAX_PASSES = 3
+"""How often what is left is looked at again: what one pass could not delete because it was in use, the next can."""
+
+
+class State(StrEnum):
+    """Whether a run lives."""
+
+    ALIVE = "alive"
+    DEAD = "dead"
+    UNKNOWN = "unknown"
+    """Its directory is not here: another runtime directory, another user, another host, or removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """A run, and what of it is in a QEMU.
+
+    Attributes:
+        run: the run id.
+        state: whether it lives.
+        things: what is there.
+        undo: what would take it down, in order.
+    """
+
+    run: str
+    state: State
+    things: tuple[Thing, ...]
+    undo: tuple[Undo, ...]
+
+
+@dataclass(slots=True)
+class Recovery:
+    """What was taken down.
+
+    Attributes:
+        removed: run id and what, in order; in a dry run, what would be.
+        left: what could not be taken down, in words.
+        unknown: runs of which it is not known whether they live; left alone.
+        alive: runs that live; left alone.
+    """
+
+    removed: list[tuple[str, Undo]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    alive: list[str] = field(default_factory=list)
+
+
+async def read_contents(monitor: Monitor, deadline: Deadline) -> Contents:
+    """Reads what a QEMU has, anyone's.
+
+    Raises:
+        MonitorError: QEMU refused, or the graph never stood still.
+        DeadlineError: no reply in time.
+    """
+    inventory = await read_inventory(monitor, deadline)
+    return Contents(
+        exports=await read_exports(monitor, deadline),
+        nodes=await read_nodes(monitor, deadline),
+        graph=inventory.graph,
+        disks=inventory.disks,
+        jobs=await read_jobs(monitor, deadline),
+        objects=await read_objects(monitor, deadline),
+        guest=await guest_status(monitor, deadline),
+    )
+
+
+async def read_runs(monitor: Monitor, base: str | None, deadline: Deadline) -> list[RunState]:
+    """Returns the runs of which something is in a QEMU.
+
+    Args:
+        monitor: the QEMU.
+        base: where runs make their directories; None for the folder for temporary files.
+        deadline: for all of it.
+
+    Raises:
+        MonitorError: QEMU refused, or the graph never stood still.
+        DeadlineError: no reply in time.
+    """
+    contents = await read_contents(monitor, deadline)
+    return [
+        RunState(run, _state_of(run, base), tuple(things), tuple(undo_of(run, contents)))
+        for run, things in sorted(things_by_run(contents).items())
+    ]
+
+
+def _state_of(run: str, base: str | None) -> State:
+    alive = is_alive(run, base)
+    return State.UNKNOWN if alive is None else State.ALIVE if alive else State.DEAD
+
+
+async def nbd_server_runs(monitor: Monitor, deadline: Deadline) -> bool:
+    """Returns whether QEMU's NBD server runs. QEMU cannot be asked, so one is started on nothing, which fails anyhow.
+
+    Raises:
+        MonitorError: QEMU is gone.
+        DeadlineError: no reply in time.
+    """
+    nothing = {"type": "fd", "data": {"str": f"{PREFIX}-probe"}}
+    try:
+        await monitor.execute("nbd-server-start", {"addr": nothing}, deadline=deadline)
+    except CommandFailedError as error:
+        return "already running" in error.description
+    return True
 
 
 async def remove_leftovers(monitor: Monitor, base: str | None, deadline: Deadline) -> list[str]:
-    """Takes down what killed runs of this user left in this QEMU.
+    """Takes down what killed runs of this user left in this QEMU; what cannot be taken down stays for `recover`.
 
     A run is dead when nobody holds the lock of its directory; what belongs to it is known from names. Runs that
     live, and runs whose directory is not here, are left alone.
@@ -27,26 +144,120 @@ async def remove_leftovers(monitor: Monitor, base: str | None, deadline: Deadlin
         What was taken down, for people.
 
     Raises:
+        LeftBehindError: something could not be taken down.
         MonitorError: QEMU refused or is gone.
         DeadlineError: no reply in time.
     """
-    removed: list[str] = []
+    recovery = Recovery()
+    await _recover_dead(monitor, base, deadline, recovery, dry_run=False)
+    if recovery.left:
+        raise LeftBehindError(
+            "; ".join(recovery.left), where=monitor.where, remedy="See `qmpnbd status`, then run `qmpnbd recover`."
+        )
+    return [str(undo) for _, undo in recovery.removed]
+
+
+async def recover(
+    monitor: Monitor, base: str | None, deadline: Deadline, *, also: Collection[str] = (), dry_run: bool = False
+) -> Recovery:
+    """Takes down what dead runs left in a QEMU; can be done any number of times.
+
+    Args:
+        monitor: the QEMU.
+        base: where runs make their directories; None for the folder for temporary files.
+        deadline: for reading; taking down has its own time (`qmpnbd.qmp.teardown`).
+        also: runs that are dead on the caller's word, although their directory is not here.
+        dry_run: tell what would be done, and do nothing.
+
+    Raises:
+        MonitorError: QEMU cannot be read.
+        DeadlineError: no reply in time.
+    """
+    recovery = Recovery()
+    states = {each.run: each.state for each in await read_runs(monitor, base, deadline)}
+    recovery.alive = [run for run, state in states.items() if state is State.ALIVE]
+    recovery.unknown = [run for run, state in states.items() if state is State.UNKNOWN and run not in also]
+    for run, state in states.items():
+        if state is State.UNKNOWN and run in also:
+            await _RunRecovery(monitor, run, None, dry_run, recovery).all(deadline)
+    await _recover_dead(monitor, base, deadline, recovery, dry_run=dry_run)
+    return recovery
+
+
+async def _recover_dead(
+    monitor: Monitor, base: str | None, deadline: Deadline, recovery: Recovery, *, dry_run: bool
+) -> None:
+    """Goes through all dead runs; of some, only the NBD server is in this QEMU, or only files are left."""
     for dead in dead_runs(base, for_peer=monitor.peer):
-        removed += await _remove_run(monitor, dead, deadline)
-    return removed
+        if dead.works_on_another(monitor.peer):
+            dead.keep = True
+            continue
+        with _kept_if_needed(dead, recovery, dry_run):
+            await _RunRecovery(monitor, dead.run, dead, dry_run, recovery).all(deadline)
 
 
-async def _remove_run(monitor: Monitor, dead: RunDirectory, deadline: Deadline) -> list[str]:
-    removed = []
-    for export in await read_exports(monitor, deadline):
-        if run_of(export.id) == dead.run:
-            await remove_export(monitor, export.id, deadline)
-            removed.append(f"export {export.id}")
-    for node in await read_nodes(monitor, deadline):
-        for bitmap in node.dirty_bitmaps:
-            if node.node_name and bitmap.name and run_of(bitmap.name) == dead.run:
-                await remove_bitmap(monitor, node.node_name, bitmap.name, deadline)
-                removed.append(f"bitmap {bitmap.name}")
-    if await is_ours(monitor, dead, deadline) and await stop_server(monitor, dead, deadline):
-        removed.append(f"NBD server at {dead.socket_path}")
-    return removed
+@contextmanager
+def _kept_if_needed(directory: RunDirectory, recovery: Recovery, dry_run: bool) -> Iterator[None]:
+    """Keeps a dead run's directory as long as something of it is left: it says that the run is dead."""
+    before = len(recovery.left)
+    directory.keep = True
+    yield
+    directory.keep = dry_run or len(recovery.left) > before
+
+
+@dataclass(slots=True)
+class _RunRecovery:
+    """One dead run."""
+
+    monitor: Monitor
+    run: str
+    directory: RunDirectory | None
+    dry_run: bool
+    recovery: Recovery
+
+    async def all(self, deadline: Deadline) -> None:
+        failed: list[str] = []
+        found = False
+        for _ in range(_MAX_PASSES):
+            undo = await self._undo(deadline)
+            found = found or bool(undo)
+            if not undo:
+                failed = []
+                break
+            if self.dry_run:
+                self.recovery.removed += [(self.run, each) for each in undo]
+                break
+            failed = await self._pass(undo)
+        if self.directory is not None:
+            ours = await is_ours(self.monitor, self.directory, deadline)
+            if ours or (found and self.directory.listener() is not None):
+                failed += await self._server(self.directory)
+        self.recovery.left += failed
+
+    async def _undo(self, deadline: Deadline) -> list[Undo]:
+        undo = undo_of(self.run, await read_contents(self.monitor, deadline))
+        noted = await asyncio.to_thread(noted_images, self.directory) if self.directory is not None else []
+        return undo + [each for each in noted if each not in undo]
+
+    async def _pass(self, undo: list[Undo]) -> list[str]:
+        steps = TakeDown(self.monitor.is_gone)
+        for each in undo:
+            before = len(steps.left)
+            await steps.step(str(each), partial(take_down, self.monitor, each, self.directory))
+            if len(steps.left) == before:
+                self.recovery.removed.append((self.run, each))
+        return steps.left
+
+    async def _server(self, directory: RunDirectory) -> list[str]:
+        server = StopServer(str(directory.socket_path))
+        steps = TakeDown(self.monitor.is_gone)
+
+        async def stop(deadline: Deadline) -> None:
+            if await stop_server(self.monitor, directory, deadline, ours=True):
+                self.recovery.removed.append((self.run, server))
+
+        if self.dry_run:
+            self.recovery.removed.append((self.run, server))
+        else:
+            await steps.step(str(server), stop, STOP_SECONDS)
+        return steps.left

@@ -5,6 +5,7 @@
     BASE/qmpnbd-3f9a01c7/     0700; the run id is also in every name made inside QEMU
         lock                  locked (flock) by the run while it lives; a killed run's lock is free
         nbd.sock              made by QEMU, and removed by it when its NBD server stops
+        qemu                  the process id of the QEMU that the run works on, if it is known
 
 A directory gets its name only when it is locked: under the name it is made with, nobody looks at it. So a directory
 with a free lock is a dead run's, and never that of a run that is just beginning.
@@ -31,7 +32,9 @@ from qmpnbd.qmp.process import Peer, listener_at
 
 _LOCK = "lock"
 _SOCKET = "nbd.sock"
+_QEMU = "qemu"
 _UNNAMED = ".new"
+_LONGEST_PID = 20
 _PROBE_SECONDS = 2.0
 _UNNAMED_SECONDS = 60.0
 
@@ -42,11 +45,13 @@ class RunDirectory:
     Attributes:
         run: the run id.
         path: the directory.
+        keep: whether it stays at the end, as a dead run's: something of the run could not be taken down.
     """
 
     def __init__(self, run: str, path: Path, lock: int) -> None:
         self.run = run
         self.path = path
+        self.keep = False
         self._lock = lock
 
     @classmethod
@@ -73,6 +78,8 @@ class RunDirectory:
             unnamed.mkdir(mode=0o700)
             lock = os.open(unnamed / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if for_peer is not None:
+                (unnamed / _QEMU).write_text(str(for_peer.pid))
             if for_peer is not None and os.geteuid() == 0 and (owner := for_peer.user()) is not None:
                 os.chown(unnamed, *owner)
             unnamed.rename(path)
@@ -89,13 +96,21 @@ class RunDirectory:
         """Where the run's NBD server listens."""
         return self.path / _SOCKET
 
+    def works_on_another(self, peer: Peer | None) -> bool:
+        """Returns whether the run works on another QEMU than `peer`, and that one still runs: what it left is there."""
+        try:
+            pid = int((self.path / _QEMU).read_text()[:_LONGEST_PID])
+        except (OSError, ValueError):
+            return False
+        return peer is not None and pid != peer.pid and not Peer(pid).has_ended()
+
     def listener(self) -> Peer | None:
         """Returns the process that listens on the socket, None if nobody does; pid 0 if it cannot be told who."""
         return listener_at(self.socket_path, _PROBE_SECONDS)
 
     def remove(self) -> None:
-        """Removes the directory, unless its socket is still served, and gives up the lock."""
-        if self.listener() is None:
+        """Removes the directory, unless it shall stay or its socket is still served, and gives up the lock."""
+        if not self.keep and self.listener() is None:
             shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.close(self._lock)
@@ -134,6 +149,22 @@ def dead_runs(base: str | None = None, *, for_peer: Peer | None = None) -> Itera
             yield dead
         finally:
             dead.remove()
+
+
+def is_alive(run: str, base: str | None = None) -> bool | None:
+    """Returns whether somebody holds the lock of a run's directory; None if the directory is not here."""
+    path = Path(base or tempfile.gettempdir()).resolve() / run_directory_name(run)
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def _take_lock(path: Path) -> int | None:

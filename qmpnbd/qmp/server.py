@@ -190,7 +190,7 @@ async def _command(monitor: Monitor, address: dict[str, object], more: dict[str,
 
 
 async def stop_server(
-    monitor: Monitor, directory: RunDirectory, deadline: Deadline, listens: Listen | None = None
+    monitor: Monitor, directory: RunDirectory, deadline: Deadline, listens: Listen | None = None, *, ours: bool = False
 ) -> bool:
     """Stops the server that `start_server` started for this run, if it did and nobody else has exports in it.
 
@@ -199,6 +199,7 @@ async def stop_server(
         directory: the run's.
         deadline: for all of it; `STOP_SECONDS` are enough.
         listens: where it listens; None for the socket in the directory.
+        ours: it is known that the server is this run's; else `is_ours` decides.
 
     Returns:
         Whether nothing of the run's server is left.
@@ -208,11 +209,12 @@ async def stop_server(
         MonitorError: QEMU refused or is gone.
         DeadlineError: no reply in time.
     """
-    return await finish(_stop(monitor, directory, listens or UnixAddress(str(directory.socket_path)), deadline))
+    address = listens or UnixAddress(str(directory.socket_path))
+    return await finish(_stop(monitor, directory, address, deadline, ours=ours))
 
 
-async def _stop(monitor: Monitor, directory: RunDirectory, listens: Listen, deadline: Deadline) -> bool:
-    if await is_ours(monitor, directory, deadline):
+async def _stop(monitor: Monitor, directory: RunDirectory, listens: Listen, deadline: Deadline, *, ours: bool) -> bool:
+    if ours or await is_ours(monitor, directory, deadline):
         if any(export.type == "nbd" for export in await read_exports(monitor, deadline)):
             return False  # stopping would cut off the clients of exports that are not ours
         await _until_no_client(monitor, listens, deadline)

@@ -32,6 +32,8 @@ from qmpnbd.report.model.info import ExportEntry, InfoDocument
 from qmpnbd.report.model.map import ContextMap, MapDocument
 from qmpnbd.report.model.parts import Document, ErrorEntry, ExtentEntry, LayerEntry, Part, RangeEntry, UnreadableEntry
 from qmpnbd.report.model.populate import PopulateDocument
+from qmpnbd.report.model.recover import RecoverDocument, TakenDownEntry
+from qmpnbd.report.model.status import RunEntry, StatusDocument, ThingEntry
 from qmpnbd.report.model.validate import (
     DepthTotal,
     DiscrepancyEntry,
@@ -86,8 +88,13 @@ __all__ = [
     "PlaceEntry",
     "PopulateDocument",
     "RangeEntry",
+    "RecoverDocument",
+    "RunEntry",
+    "StatusDocument",
     "StepEntry",
     "SummaryLine",
+    "TakenDownEntry",
+    "ThingEntry",
     "UnreadableEntry",
     "ValidationReport",
     "Verdict",
@@ -100,6 +107,8 @@ DOCUMENTS: tuple[type[Document], ...] = (
     ExportDocument,
     CheckpointsDocument,
     PopulateDocument,
+    StatusDocument,
+    RecoverDocument,
     MapDocument,
     ChainDocument,
     InfoDocument,

@@ -1,0 +1,1 @@
+"""What backups stand on: points in time, read."""
