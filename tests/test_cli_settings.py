@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpnbd.cli.commands import COMMANDS
+from qmpnbd.cli.commands import COMMANDS, verbs
 from qmpnbd.cli.main import main
 from qmpnbd.cli.parser import all_commands, command_line
 from qmpnbd.cli.settings import parse
@@ -173,10 +173,22 @@ def test_every_command_has_examples_that_its_own_parser_takes() -> None:
 
 
 def test_every_command_has_verbosity_and_all_that_wait_have_a_timeout() -> None:
-    for name in COMMANDS:
-        options = {option for action in all_commands()[name]._actions for option in action.option_strings}
-        assert {"--help", "--verbose", "--quiet"} <= options
-        assert name == "completion" or "--timeout" in options
+    for name, command in all_commands().items():
+        for parser in verbs(command).values() or [command]:
+            options = {option for action in parser._actions for option in action.option_strings}
+            assert {"--help", "--verbose", "--quiet"} <= options
+            assert name == "completion" or "--timeout" in options
+
+
+def test_options_of_subcommands_can_be_set_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[checkpoint]\nchain = "nightly"\nkeep = true\n')
+    environment = {"QMPNBD_CONFIG": str(tmp_path / "config.toml"), "QMPNBD_CHECKPOINT_QMP": "/nowhere"}
+    for verb, has_keep in (("create", True), ("commit", False)):
+        arguments = ["checkpoint", verb]
+        root, command = command_line(arguments)
+        parsed = parse(root, command, arguments, environment)
+        assert (parsed.qmp, parsed.chain, parsed.operation) == ("/nowhere", "nightly", verb)
+        assert getattr(parsed, "keep", None) is (True if has_keep else None)
 
 
 def modules(*arguments: str, environment: Mapping[str, str]) -> set[str]:

@@ -215,6 +215,8 @@ TAKING_DOWN = {
     "nbd-server-stop",
     "query-block-exports",
     "block-dirty-bitmap-remove",
+    "qom-list",
+    "object-del",
 }
 
 

@@ -39,8 +39,17 @@ def register(name: str, commands: argparse._SubParsersAction[argparse.ArgumentPa
     parser = commands.choices[name]
     parser.description = parser.description or f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
     parser.epilog = _examples(module)
-    add_verbosity(parser)
+    for each in verbs(parser).values() or [parser]:
+        add_verbosity(each)
     return parser
+
+
+def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Returns the parsers of a command's subcommands, by name; none of one that has none."""
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            return action.choices
+    return {}
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qmpnbd.cli.commands import COMMANDS
+from qmpnbd.cli.commands import COMMANDS, verbs
 from qmpnbd.cli.parser import all_commands
 
 _FILES = {"FILE", "IMAGE", "ADDRESS"}
@@ -66,13 +66,23 @@ def described() -> tuple[Command, ...]:
         Command(
             name=name,
             words=COMMANDS[name],
-            usage=" ".join(parser.format_usage().removeprefix("usage: ").split()),
+            usage="; ".join(_usage(each) for each in verbs(parser).values() or [parser]),
             description=" ".join((parser.description or "").split()),
             examples=parser.epilog or "",
-            arguments=tuple(_arguments(parser)),
+            arguments=tuple(dict.fromkeys(_all_arguments(parser))),
         )
         for name, parser in all_commands().items()
     )
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    return " ".join(parser.format_usage().removeprefix("usage: ").split())
+
+
+def _all_arguments(parser: argparse.ArgumentParser) -> Iterator[Argument]:
+    """Yields the arguments of a command and of its subcommands."""
+    for each in (parser, *verbs(parser).values()):
+        yield from _arguments(each)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> Iterator[Argument]:

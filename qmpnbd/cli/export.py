@@ -11,7 +11,7 @@ from qmpnbd.errors import LeftBehindError, UsageError
 
 if TYPE_CHECKING:
     from qmpnbd.export.session import Image, Options, Session
-    from qmpnbd.qmp.address import TcpAddress
+    from qmpnbd.qmp.address import MonitorAddress, TcpAddress
     from qmpnbd.report.model import ExportDocument
 
 
@@ -32,9 +32,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "is read is of no one instant; the output says so.",
         allow_abbrev=False,
     )
-    what = parser.add_argument_group("what", "one of --qmp and IMAGE")
+    options.add_monitor(parser, required=False)
+    what = parser.add_argument_group("what", "a running QEMU (--qmp, --domain), or IMAGE")
     what.add_argument("image", nargs="?", metavar="IMAGE", help="an image file or block device, exported read-only")
-    what.add_argument("--qmp", metavar="ADDRESS", help="where the monitor of a running QEMU listens")
     what.add_argument("--format", metavar="FORMAT", help="IMAGE's format (qcow2, raw, …); it is not guessed")
     what.add_argument(
         "--disk",
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     return signals.run(_run(arguments, _what(arguments), _options(arguments)))
 
 
-def _what(arguments: argparse.Namespace) -> str | Image:
+def _what(arguments: argparse.Namespace) -> MonitorAddress | Image:
     from qmpnbd.export.session import Image
 
     if arguments.exec is not None and not arguments.exec:
@@ -120,7 +120,7 @@ def _what(arguments: argparse.Namespace) -> str | Image:
     if arguments.qmp is not None:
         if arguments.format:
             raise UsageError("QEMU knows the formats of its disks", where="--format", remedy="Leave it out.")
-        address: str = arguments.qmp
+        address: MonitorAddress = arguments.qmp
         return address
     for option in ("disk", "nbd", "writable", "iothread"):
         if getattr(arguments, option):
@@ -175,7 +175,7 @@ def _listen(text: str) -> TcpAddress:
     return parsed if port != "0" else replace(parsed, port=0)
 
 
-async def _run(arguments: argparse.Namespace, what: str | Image, choice: Options) -> int:
+async def _run(arguments: argparse.Namespace, what: MonitorAddress | str | Image, choice: Options) -> int:
     from qmpnbd.cli.holding import until_command_ends, until_told
     from qmpnbd.export.session import exporting
     from qmpnbd.report.exports import environment, export_document, export_text

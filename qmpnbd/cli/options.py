@@ -89,10 +89,10 @@ def add_json(parser: argparse.ArgumentParser, schema: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print one JSON document (schema {schema})")
 
 
-def add_monitor(parser: argparse.ArgumentParser) -> None:
+def add_monitor(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds the ways to a monitor: ``--qmp``, or ``--libvirt`` and ``--domain``.
 
-    Whichever is given, `monitor` puts the address into ``qmp``, once for all commands.
+    Whichever is given, `monitor` puts the address into ``qmp``, once for all commands; None where none is required.
     """
     parser.add_argument(
         "--qmp",
@@ -110,10 +110,10 @@ def add_monitor(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--libvirt", metavar="URI", help="libvirt's connection URI, as for virsh -c (default: libvirt's own)"
     )
-    parser.set_defaults(monitor_parser=parser)
+    parser.set_defaults(monitor_parser=parser, monitor_required=required)
 
 
-def monitor(arguments: argparse.Namespace) -> MonitorAddress:
+def monitor(arguments: argparse.Namespace) -> MonitorAddress | None:
     """Returns the address of the monitor that was chosen; ends with the command's usage if none was, or two.
 
     Raises:
@@ -124,6 +124,8 @@ def monitor(arguments: argparse.Namespace) -> MonitorAddress:
     usage: argparse.ArgumentParser = arguments.monitor_parser
     if arguments.domain is None and arguments.libvirt is not None:
         usage.error("--libvirt needs --domain NAME")
+    if arguments.domain is None and arguments.qmp is None and not arguments.monitor_required:
+        return None
     if (arguments.domain is None) == (arguments.qmp is None):
         usage.error("one of --qmp ADDRESS and --domain NAME is required")
     if arguments.domain is None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qmpnbd.cli.commands import COMMANDS
+from qmpnbd.cli.commands import COMMANDS, verbs
 from qmpnbd.cli.parser import Parser, all_commands, did_you_mean
 from qmpnbd.errors import UsageError
 
@@ -46,21 +46,28 @@ def parse(
     if {"-h", "--help"} & set(arguments):
         root.parse_args(arguments)  # which ends the process, whatever is wrong elsewhere
     name = command.prog.rpartition(" ")[2]
-    elsewhere = {**_from_file(name, command, environment), **_from_environment(name, command, environment)}
-    defaults = {action.dest: action.default for action in command._actions}
-    for action in (*root._actions, *command._actions):
+    chosen = _chosen(command, arguments)
+    elsewhere = {**_from_file(name, chosen, environment), **_from_environment(name, chosen, environment)}
+    defaults = {action.dest: action.default for action in chosen._actions}
+    for action in (*root._actions, *command._actions, *chosen._actions):
         action.default = argparse.SUPPRESS
         action.required = action.required and action.dest not in elsewhere
-    for group in command._mutually_exclusive_groups:
+    for group in chosen._mutually_exclusive_groups:
         group.required = group.required and not any(action.dest in elsewhere for action in group._group_actions)
     parsed, rest = root.parse_known_args(arguments)
     if rest:
-        command.error(f"unrecognized arguments: {' '.join(rest)}")
-    _fill_in(parsed, command, elsewhere)
+        chosen.error(f"unrecognized arguments: {' '.join(rest)}")
+    _fill_in(parsed, chosen, elsewhere)
     for dest, default in defaults.items():
         if dest not in parsed and default is not argparse.SUPPRESS:
             setattr(parsed, dest, default)
     return parsed
+
+
+def _chosen(command: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Returns the parser of the subcommand that is named, or of the command if it has none or none is named."""
+    words = [word for word in arguments if not word.startswith("-")]
+    return verbs(command).get(words[1], command) if len(words) > 1 else command
 
 
 def _fill_in(parsed: argparse.Namespace, command: argparse.ArgumentParser, elsewhere: Mapping[str, Any]) -> None:
@@ -75,10 +82,11 @@ def _fill_in(parsed: argparse.Namespace, command: argparse.ArgumentParser, elsew
 
 
 def _options(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Returns the options that can be set elsewhere, by their long names without dashes."""
+    """Returns the options that can be set elsewhere, by their long names without dashes; of subcommands as well."""
     return {
         name.removeprefix("--"): action
-        for action in command._actions
+        for parser in (command, *verbs(command).values())
+        for action in parser._actions
         for name in action.option_strings
         if name.startswith("--") and name not in _NOT_SET
     }
@@ -113,7 +121,9 @@ def _from_file(command_name: str, command: argparse.ArgumentParser, environment:
             _require(key, {name for parser in all_commands().values() for name in _options(parser)}, path)
     for key, value in content.get(command_name, {}).items():
         where = f"{path}: [{command_name}]"
-        _require(key, options, where)
+        if key not in options:
+            _require(key, _options(all_commands()[command_name]), where)
+            continue  # of another subcommand
         found[options[key].dest] = _value(options[key], value, f"{where} {key}")
     return found
 

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             work = validate_disks(arguments.qmp, arguments.disks, choice, on_disk=reports.add)
             report = signals.run(work)
         except (QmpnbdError, StoppedBySignal) as error:
-            reports.finish(_partial(arguments.qmp, started, reports.disks, error))
+            reports.finish(_partial(str(arguments.qmp), started, reports.disks, error))
             raise
         if not reports.take_stdout:
             text = document_json(report) if arguments.json else validation_text(report, colours=output.colours())

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, TypeVar
 from qmpnbd.deadline import Deadline
 from qmpnbd.export.session import Export, Image, Options, Session, SourceMaker, live_disks
 from qmpnbd.export.session import exporting as _exporting
+from qmpnbd.qmp.address import MonitorAddress
 
 T = TypeVar("T")
 
@@ -88,7 +89,10 @@ class BlockingSession:
 
 @contextmanager
 def exporting(
-    what: str | Image, disks: Sequence[str] = (), options: Options | None = None, sources: SourceMaker = live_disks
+    what: MonitorAddress | str | Image,
+    disks: Sequence[str] = (),
+    options: Options | None = None,
+    sources: SourceMaker = live_disks,
 ) -> Iterator[BlockingSession]:
     """Exports disks of a running QEMU, or an image file, until the context ends.
 

@@ -24,7 +24,7 @@ from typing import Literal
 from qmpnbd.deadline import Deadline
 from qmpnbd.export.addresses import server_uri, shared_server
 from qmpnbd.nbd.uri import NbdUri
-from qmpnbd.qmp.address import TcpAddress
+from qmpnbd.qmp.address import MonitorAddress, TcpAddress
 from qmpnbd.qmp.credentials import ServerTls
 from qmpnbd.qmp.disks import Disk, chosen_disks
 from qmpnbd.qmp.exports import ExportOptions, NodeBitmap, add_export, exported_node, remove_export
@@ -228,7 +228,10 @@ class Session:
 
 @asynccontextmanager
 async def exporting(
-    what: str | Image, disks: Sequence[str] = (), options: Options | None = None, sources: SourceMaker = live_disks
+    what: MonitorAddress | str | Image,
+    disks: Sequence[str] = (),
+    options: Options | None = None,
+    sources: SourceMaker = live_disks,
 ) -> AsyncIterator[Session]:
     """Exports disks of a running QEMU, or an image file, until the context ends.
 

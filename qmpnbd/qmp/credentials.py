@@ -114,12 +114,18 @@ async def read_objects(monitor: Monitor, deadline: Deadline) -> list[str]:
     """Returns the ids of the objects that were made inside QEMU, anyone's.
 
     Raises:
+        CommandFailedError: QEMU refused.
         MonitorLostError: the connection ended.
         DeadlineError: no reply in time.
     """
     try:
         reply = await monitor.execute("qom-list", {"path": "/objects"}, deadline=deadline)
-    except CommandFailedError:
-        return []  # the storage daemon of 5.2 has no place for them
+    except CommandFailedError as error:
+        if error.error_class in (
+            "CommandNotFound",
+            "DeviceNotFound",
+        ):  # the storage daemon of 5.2 has no place for them
+            return []
+        raise
     listed = parse_reply(list[ObjectPropertyInfo], reply, command="qom-list", where=monitor.where)
     return [each.name for each in listed if each.type.startswith("child<")]

@@ -145,9 +145,10 @@ async def _listening_at(monitor: Monitor, wanted: Listen, more: dict[str, str], 
         except OSError:
             pass  # QEMU may have rights and addresses that we do not have; if not, it says what is wrong
         except CommandFailedError as error:
-            # The storage daemon takes no descriptors, and 5.2 no TLS on them.
+            # The storage daemon takes no descriptors, 5.2 no TLS on them, and a relay of the monitor loses them.
             too_old = isinstance(error, ExportRefusedError) and error.reason == "tls-needs-tcp"
-            if error.error_class != "CommandNotFound" and not too_old:
+            relayed = "No file descriptor supplied" in error.description
+            if error.error_class != "CommandNotFound" and not too_old and not relayed:
                 raise
     for _ in range(_TRIES - 1):
         try:

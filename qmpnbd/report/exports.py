@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from qmpnbd.export.session import Export, Image, Session
 from qmpnbd.printable import printable as shown
+from qmpnbd.qmp.address import MonitorAddress
 from qmpnbd.report.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP
 from qmpnbd.report.model import DiskExportEntry, ExportDocument
 from qmpnbd.report.text import human_size
@@ -25,7 +26,9 @@ def variable(disk: str) -> str:
     return f"{URI}_" + _NOT_IN_A_VARIABLE.sub("_", disk.upper())
 
 
-def export_document(what: str | Image, session: Session, *, depth: bool, writable: bool) -> ExportDocument:
+def export_document(
+    what: MonitorAddress | str | Image, session: Session, *, depth: bool, writable: bool
+) -> ExportDocument:
     """Describes exports that are up.
 
     Args:
