@@ -194,11 +194,11 @@ def version(major: int, minor: int) -> VersionInfo:
     [
         ((5, 2), []),
         ((6, 2), ["allocation-after-depth"]),
-        ((7, 0), ["iothread", "snapshot-access"]),
-        ((7, 2), ["iothread", "snapshot-access"]),
-        ((8, 0), ["iothread"]),
-        ((8, 2), ["iothread"]),
-        ((9, 0), []),
+        ((7, 0), ["iothread", "server-stop", "snapshot-access"]),
+        ((7, 2), ["iothread", "server-stop", "snapshot-access"]),
+        ((8, 0), ["iothread", "server-stop"]),
+        ((8, 2), ["iothread", "server-stop"]),
+        ((9, 0), ["server-stop"]),
         ((10, 0), []),
     ],
 )

@@ -64,7 +64,7 @@ def test_the_text_is_a_tree_with_the_numbers() -> None:
     assert graph_text(EXAMPLE).splitlines() == [
         "QEMU 7.2.0, guest running, monitor vm.qmp",
         "can: block-export, snapshot-access",
-        "does wrong: iothread, snapshot-access",
+        "does wrong: iothread, server-stop, snapshot-access",
         "",
         "disk vd0: virtio-blk-pci, /machine/peripheral/vd0",
         "  t  throttle (filter), 1 MiB, writable",
@@ -151,7 +151,7 @@ def test_names_of_strangers_do_no_harm() -> None:
 
 def test_a_qemu_without_disks() -> None:
     empty = described([node("f", "file", "/f")], [])
-    assert graph_text(empty).splitlines()[2:] == ["does wrong: iothread, snapshot-access"]
+    assert graph_text(empty).splitlines()[2:] == ["does wrong: iothread, server-stop, snapshot-access"]
     assert ET.fromstring(graph_svg(empty)).tag == f"{SVG}svg"
 
 

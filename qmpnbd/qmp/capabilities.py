@@ -226,7 +226,16 @@ ALLOCATION_AFTER_DEPTH = Hazard(
 )
 """The block status cache, new in 6.2, kept answers to the question that does not look for zeroes."""
 
-HAZARDS = (ALLOCATION_AFTER_DEPTH, IOTHREAD, SNAPSHOT_ACCESS)
+SERVER_STOP = Hazard(
+    "server-stop",
+    (7, 0),
+    (10, 0),
+    "stands still for ever, the guest too, if its NBD server is stopped while a client is in option haggling",
+    "End that client; qmpnbd waits for it, and leaves the server up if it stays.",
+)
+"""Measured on 7.2.22; 5.2 and 10.0 go on. 8 and 9 are taken for affected."""
+
+HAZARDS = (ALLOCATION_AFTER_DEPTH, IOTHREAD, SERVER_STOP, SNAPSHOT_ACCESS)
 """Every known one; a guest that migrates is refused on any release (`qmpnbd.qmp.inventory.require_safe_moment`)."""
 
 

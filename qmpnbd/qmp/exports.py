@@ -19,7 +19,8 @@ from typing import Literal
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError, ExportRefusedError, InterferenceError
-from qmpnbd.qmp.inventory import read_exports
+from qmpnbd.qmp.capabilities import Capability
+from qmpnbd.qmp.inventory import read_abilities, read_exports
 from qmpnbd.qmp.monitor import Monitor, finish
 from qmpnbd.qmp.refusals import explained
 
@@ -88,11 +89,14 @@ async def add_export(
         options: what else it offers.
 
     Raises:
+        CapabilityError: a `NodeBitmap`, and this QEMU knows bitmaps by their names alone.
         ExportRefusedError: QEMU refused, for a reason that is known.
         CommandFailedError: QEMU refused.
         MonitorLostError: the connection ended.
         DeadlineError: no reply in time.
     """
+    if any(isinstance(each, NodeBitmap) for each in options.bitmaps):
+        (await read_abilities(monitor, deadline)).require(Capability.BITMAP_OF_NODE, where=f"node {node_name}")
     arguments = {"type": "nbd", "id": name, "name": name, "node-name": node_name, **options.arguments()}
     try:
         await finish(monitor.execute("block-export-add", arguments, deadline=deadline))

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qmpnbd.errors import UsageError
+from qmpnbd.qmp.capabilities import SNAPSHOT_ACCESS
 from qmpnbd.qmp.naming import Role, export_id, name_of
 from qmpnbd.qmp.plan import ImageFile, Offer, Plan, PlannedDisk, Recipe, Step
 from qmpnbd.qmp.undo import (
@@ -43,7 +44,6 @@ CBW_TIMEOUT_SECONDS = 30
 """How long a guest's write may wait for the scratch before the point in time is given up instead."""
 
 _SCRATCH_CLUSTER = 65536
-_TRUSTED_SNAPSHOT_ACCESS = (8, 0)
 _MARKER_TYPE = "throttle-group"  # an object that costs nothing and does nothing, in every release
 
 
@@ -88,10 +88,11 @@ def choose_recipe(
         return Recipe.SNAPSHOT, "the chain itself must be visible as it was: the guest writes into overlays meanwhile"
     if not protect_guest:
         return Recipe.BACKUP, "one transaction takes all disks without a pause; the scratch space is watched"
-    if release < _TRUSTED_SNAPSHOT_ACCESS:
+    trusted = SNAPSHOT_ACCESS.fixed
+    if release < trusted:
         return Recipe.BACKUP, (
-            f"QEMU {release[0]}.{release[1]} cannot protect the guest: snapshot-access serves wrong data before 8.0; "
-            "the scratch space is watched instead"
+            f"QEMU {release[0]}.{release[1]} cannot protect the guest: snapshot-access serves wrong data before "
+            f"{trusted[0]}.{trusted[1]}; the scratch space is watched instead"
         )
     free = [disk.name for disk in disks if not disk.qom_path]
     if free:

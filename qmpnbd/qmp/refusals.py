@@ -57,11 +57,6 @@ REFUSALS: Final = (
         "It must be on the exported node, on one below it, or on the node that is named with it.",
     ),
     Refusal(
-        "bitmap-node-unsupported",
-        r"^Invalid parameter type for 'bitmaps\[\d+\]'",
-        "This QEMU finds bitmaps by their names alone (7.1 and later take a node, too): leave the node out.",
-    ),
-    Refusal(
         "bitmap-enabled",
         r"^Enabled bitmap '.*' incompatible with readonly export",
         "It still records: disable it, and have another one go on in the same transaction if nothing may be lost.",

@@ -26,6 +26,7 @@ from qmpnbd.errors import (
     UsageError,
 )
 from qmpnbd.qmp.address import TcpAddress, UnixAddress
+from qmpnbd.qmp.capabilities import SERVER_STOP
 from qmpnbd.qmp.credentials import ServerTls, add_credentials, add_object, read_objects, remove_object
 from qmpnbd.qmp.inventory import read_exports
 from qmpnbd.qmp.listeners import free_port, has_clients, listening, remove_socket
@@ -39,7 +40,6 @@ STOP_SECONDS = 15.0
 
 _TRIES = 5
 _LOOK_SECONDS = 0.02
-_HANGING = (7, 8, 9)
 _PROBE = "qmpnbd-probe"
 _PASSED = "qmpnbd-nbd"
 
@@ -250,7 +250,7 @@ async def _until_no_client(monitor: Monitor, listens: Listen, deadline: Deadline
     and with it the guest, for ever; 5.2 and 10.0 do not. Clients of exports have been cut off before; those in option
     haggling QEMU sends away after 10 s.
     """
-    if monitor.version.qemu.major not in _HANGING:
+    if not SERVER_STOP.applies(monitor.version):
         return
     while has_clients(listens):
         try:
