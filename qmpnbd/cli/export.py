@@ -12,11 +12,16 @@ from qmpnbd.errors import LeftBehindError, UsageError
 if TYPE_CHECKING:
     from qmpnbd.export.session import Image, Options, Session
     from qmpnbd.qmp.address import MonitorAddress, TcpAddress
+    from qmpnbd.qmp.planning import Wishes
     from qmpnbd.report.model import ExportDocument
 
 
 EXAMPLES = (
     ("qmpnbd export --qmp /run/vm.qmp --disk vd0", "print the URI of a disk, and keep it until Ctrl-C"),
+    (
+        "qmpnbd export --qmp /run/vm.qmp --point-in-time",
+        "all disks at one instant, while the guest goes on",
+    ),
     ("qmpnbd export disk.qcow2 --format qcow2 --exec sh -c 'nbdcopy \"$QMPNBD_URI\" disk.raw'", "for one command only"),
 )
 """Command lines, and what they are for."""
@@ -29,7 +34,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Exports disks of a running QEMU (--qmp), or an image file that no QEMU has open, prints the NBD "
         "URIs, and keeps the exports until it is told to end: by a signal, by --timeout, or by the end of the command "
         "of --exec. Then everything is taken down. The disks of a running guest move on while they are read, and what "
-        "is read is of no one instant; the output says so.",
+        "is read is of no one instant unless --point-in-time is given; the output says so.",
         allow_abbrev=False,
     )
     options.add_monitor(parser, required=False)
@@ -96,6 +101,26 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--runtime-dir", metavar="DIR", help="make the private directory in DIR (default: $TMPDIR or /tmp)"
     )
+    instant = parser.add_argument_group("point in time", "the disks as they are at one instant; the guest goes on")
+    instant.add_argument("--point-in-time", action="store_true", help="export all disks as they are at one instant")
+    instant.add_argument(
+        "--protect-guest",
+        action="store_true",
+        help="scratch space that fails must not fail the guest, which is paused some milliseconds for that (QEMU 8.0)",
+    )
+    instant.add_argument(
+        "--exact-chain",
+        action="store_true",
+        help="export the very chain of the instant, with its allocation depth; the guest writes into an overlay in the "
+        "folder of --scratch, which is committed at the end",
+    )
+    instant.add_argument(
+        "--scratch", metavar="DIR", help="where what the guest overwrites is kept (default: the private directory)"
+    )
+    instant.add_argument(
+        "--scratch-size", type=int, metavar="BYTES", help="for all disks together (default: most of what is free)"
+    )
+    instant.add_argument("--dry-run", action="store_true", help="print its QMP commands, send none")
     server.add_argument(
         "--allow-iothread",
         action="store_true",
@@ -107,6 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from qmpnbd.cli import signals
 
+    if arguments.dry_run:
+        return signals.run(_dry_run(_what(arguments), arguments.disk, _options(arguments)))
     return signals.run(_run(arguments, _what(arguments), _options(arguments)))
 
 
@@ -149,6 +176,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         tls = ServerTls(arguments.tls or arguments.tls_psk, kind, tuple(arguments.tls_authz))
     elif arguments.tls_authz:
         raise UsageError("names of certificates, and no TLS", where="--tls-authz", remedy="Give --tls DIR.")
+    instant = _instant(arguments)
     return Options(
         listen=_listen(arguments.listen) if arguments.listen else None,
         tls=tls,
@@ -161,7 +189,30 @@ def _options(arguments: argparse.Namespace) -> Options:
             description=arguments.description,
             iothread=arguments.iothread,
             writable=arguments.writable,
+            allocation_depth=instant is None or instant.exact_chain,
         ),
+        instant=instant,
+    )
+
+
+def _instant(arguments: argparse.Namespace) -> Wishes | None:
+    from qmpnbd.qmp.planning import Wishes
+
+    if not arguments.point_in_time:
+        for option in ("protect_guest", "exact_chain", "scratch", "scratch_size", "dry_run"):
+            if getattr(arguments, option):
+                name = f"--{option.replace('_', '-')}"
+                raise UsageError("only with --point-in-time", where=name, remedy="Leave it out, or give both.")
+        return None
+    for option in ("image", "description", "iothread", "writable"):
+        if getattr(arguments, option):
+            raise UsageError("not with --point-in-time", where=option, remedy="Leave one of the two out.")
+    return Wishes(
+        protect_guest=arguments.protect_guest,
+        exact_chain=arguments.exact_chain,
+        depth=arguments.exact_chain,
+        scratch_dir=arguments.scratch,
+        scratch_bytes=arguments.scratch_size,
     )
 
 
@@ -193,6 +244,34 @@ async def _run(arguments: argparse.Namespace, what: MonitorAddress | str | Image
         moved = await _moved(session, document)
     output.tell(*moved, *session.take_down.left)
     return LeftBehindError.exit_code if session.take_down.left else code
+
+
+async def _dry_run(what: MonitorAddress | Image, disks: list[str], choice: Options) -> int:
+    """Prints the commands that would take the point in time and its exports, one in a line."""
+    import json
+
+    from qmpnbd.deadline import Deadline
+    from qmpnbd.export.session import Image
+    from qmpnbd.qmp.disks import chosen_disks
+    from qmpnbd.qmp.inventory import read_inventory
+    from qmpnbd.qmp.monitor import Monitor
+    from qmpnbd.qmp.planning import plan_point_in_time
+    from qmpnbd.qmp.rundir import RunDirectory
+
+    deadline = Deadline(choice.seconds)
+    if isinstance(what, Image) or choice.instant is None:
+        raise UsageError("only with --point-in-time", where="--dry-run", remedy="Give both.")
+    async with await Monitor.connect(what, deadline) as monitor:
+        with RunDirectory.create(choice.runtime_dir, for_peer=monitor.peer) as directory:
+            found = await read_inventory(monitor, deadline)
+            chosen = chosen_disks(disks, found.disks, found.graph, where=monitor.where, empty=found.empty)
+            names = [disk.name for disk in chosen]
+            bitmaps = {name: [str(each) for each in choice.export.bitmaps] for name in names}
+            wishes = replace(choice.instant, bitmaps=bitmaps, allow_iothread=choice.allow_iothread)
+            plan = await plan_point_in_time(monitor, names, directory, deadline, wishes)
+    output.write([f"{json.dumps(command)}\n" for command in plan.commands()])
+    output.tell(f"recipe: {plan.recipe.value}: {plan.why}")
+    return 0
 
 
 async def _moved(session: Session, document: ExportDocument) -> list[str]:

@@ -37,6 +37,8 @@ from qmpnbd.qmp.inventory import (
 )
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import export_id
+from qmpnbd.qmp.planning import Wishes
+from qmpnbd.qmp.pointintime import Statement, point_in_time
 from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.server import STOP_SECONDS, start_server, stop_server
@@ -75,6 +77,7 @@ class Options:
         allow_iothread: export disks in an iothread although this QEMU is known to abort on them.
         export: what each export offers.
         seconds: time until everything is up; None for no bound. Taking down has its own time.
+        instant: export the disks as they are at one instant, taken like this; None for the disks as they go on.
     """
 
     listen: TcpAddress | None = None
@@ -85,6 +88,7 @@ class Options:
     allow_iothread: bool = False
     export: ExportOptions = field(default_factory=ExportOptions)
     seconds: float | None = SETUP_SECONDS
+    instant: Wishes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,7 @@ class Scene:
 
     Attributes:
         monitor: the QEMU.
+        guest: the guest's status.
         run: the run id, for names.
         inventory: its disks.
         disks: the chosen ones.
@@ -129,6 +134,7 @@ class Scene:
     """
 
     monitor: Monitor
+    guest: str
     run: str
     inventory: Inventory
     disks: tuple[Disk, ...]
@@ -178,6 +184,7 @@ class Session:
         consistent: whether all exports show one instant that stays readable.
         exports: the exports.
         take_down: takes everything down.
+        statement: how the point in time was taken; None if there is none.
     """
 
     monitor: Monitor
@@ -185,6 +192,7 @@ class Session:
     consistent: bool
     take_down: TakeDown
     exports: list[Export] = field(default_factory=list)
+    statement: Statement | None = None
 
     async def node_of(self, export: Export, deadline: Deadline) -> str:
         """Returns the node that an export stands on now: it follows the block graph.
@@ -270,7 +278,11 @@ async def exporting(
             if not choice.allow_iothread:
                 for disk in chosen:
                     await require_no_iothread_bug(monitor, disk.node_name, inventory, deadline)
-            scene = Scene(monitor, directory.run, inventory, tuple(chosen), take_down, deadline)
+            scene = Scene(monitor, guest, directory.run, inventory, tuple(chosen), take_down, deadline)
+            if choice.instant is not None:
+                server = await _server(stack, scene, directory, choice)
+                yield await _at_instant(stack, scene, directory, server, choice)
+                return
             made = await stack.enter_async_context(sources(scene))
             server = await _server(stack, scene, directory, choice)
             session = Session(monitor, guest, made.consistent, take_down)
@@ -282,6 +294,31 @@ async def exporting(
         for note in take_down.left if take_down is not None else ():
             error.add_note(note)
         raise
+
+
+async def _at_instant(
+    stack: AsyncExitStack, scene: Scene, directory: RunDirectory, server: NbdUri, choice: Options
+) -> Session:
+    """Takes a point in time of the disks; its exports are in the server that runs already."""
+    monitor, disks = scene.monitor, scene.disks
+    wishes = replace(
+        choice.instant or Wishes(),
+        bitmaps={disk.name: _names(choice.export) for disk in disks},
+        start_server=False,
+        allow_iothread=choice.allow_iothread,
+    )
+    names = [disk.name for disk in disks]
+    point = await stack.enter_async_context(point_in_time(monitor, names, directory, scene.deadline, wishes=wishes))
+    session = Session(monitor, scene.guest, consistent=True, take_down=scene.take_down, statement=point.statement)
+    for disk, offer in zip(disks, point.offers, strict=True):
+        node = await exported_node(monitor, offer.export, scene.deadline)
+        uri = replace(server, export=offer.export)
+        session.exports.append(Export(offer.export, disk, node, uri, offer.disk.size, tuple(offer.disk.bitmaps)))
+    return session
+
+
+def _names(options: ExportOptions) -> tuple[str, ...]:
+    return tuple(each if isinstance(each, str) else each.name for each in options.bitmaps)
 
 
 async def _server(stack: AsyncExitStack, scene: Scene, directory: RunDirectory, choice: Options) -> NbdUri:
@@ -312,5 +349,5 @@ async def _exported(stack: AsyncExitStack, scene: Scene, source: Source, uri: Nb
         node_name=source.node_name,
         uri=uri,
         size=scene.inventory.graph.nodes[source.disk.node_name].virtual_size,
-        bitmaps=tuple(each if isinstance(each, str) else each.name for each in more.bitmaps),
+        bitmaps=_names(more),
     )

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from qmpnbd.export.session import Export, Image, Session
 from qmpnbd.printable import printable as shown
 from qmpnbd.qmp.address import MonitorAddress
+from qmpnbd.qmp.pointintime import Statement
 from qmpnbd.report.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP
-from qmpnbd.report.model import DiskExportEntry, ExportDocument
+from qmpnbd.report.model import DiskExportEntry, ExportDocument, InstantEntry
 from qmpnbd.report.text import human_size
 
 URI = "QMPNBD_URI"
@@ -45,6 +46,17 @@ def export_document(
         guest=session.guest,
         consistent=session.consistent,
         exports=tuple(_entry(each, contexts, writable=writable) for each in session.exports),
+        instant=None if session.statement is None else _instant(session.statement),
+    )
+
+
+def _instant(statement: Statement) -> InstantEntry:
+    return InstantEntry(
+        recipe=statement.recipe.value,
+        why=statement.why,
+        consistency=statement.consistency,
+        window_ms=round(statement.window_ms, 3),
+        paused_ms=round(statement.paused_ms, 3),
     )
 
 
@@ -84,7 +96,14 @@ def export_text(document: ExportDocument) -> str:
     place = f"monitor {document.monitor}" if document.image is None else f"image {document.image}"
     guest = document.guest if document.image is not None or " " in document.guest else f"guest {document.guest}"
     lines = [shown(f"QEMU {document.qemu}, {guest}, {place}")]
-    if document.consistent:
+    if document.instant is not None:
+        instant = document.instant
+        pause = f"the guest paused for {instant.paused_ms:.0f} ms" if instant.paused_ms else "no pause"
+        lines.append(
+            shown(f"consistent: one instant, {instant.consistency}, within {instant.window_ms:.0f} ms, {pause}")
+        )
+        lines.append(shown(f"recipe: {instant.recipe}: {instant.why}"))
+    elif document.consistent:
         lines.append("consistent: yes, nothing writes to what is exported")
     else:
         lines.append("consistent: no, the exports move with the guest: what is read is of no one instant")

@@ -19,7 +19,7 @@ from qmpnbd.report.model.checkpoints import (
 )
 from qmpnbd.report.model.disks import DiskEntry, DisksDocument, NodeEntry
 from qmpnbd.report.model.error import ErrorDocument
-from qmpnbd.report.model.export import DiskExportEntry, ExportDocument
+from qmpnbd.report.model.export import DiskExportEntry, ExportDocument, InstantEntry
 from qmpnbd.report.model.graph import (
     ChildEntry,
     DepthEntry,
@@ -80,6 +80,7 @@ __all__ = [
     "GraphDocument",
     "GraphNodeEntry",
     "InfoDocument",
+    "InstantEntry",
     "LayerEntry",
     "MapDocument",
     "NodeEntry",

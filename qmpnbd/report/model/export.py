@@ -35,6 +35,24 @@ class DiskExportEntry(Part):
     variable: str
 
 
+class InstantEntry(Part):
+    """How a point in time was taken.
+
+    Attributes:
+        recipe: ``backup``, ``copy-before-write`` or ``snapshot``.
+        why: the reason for this recipe.
+        consistency: ``crash-consistent``, or what the guest's own preparation came to.
+        window_ms: within how many milliseconds the instant lies.
+        paused_ms: for how many milliseconds the guest was paused; 0 if it was not.
+    """
+
+    recipe: str
+    why: str
+    consistency: str
+    window_ms: float
+    paused_ms: float
+
+
 class ExportDocument(Document):
     """What ``qmpnbd export`` tells when everything is up.
 
@@ -45,6 +63,7 @@ class ExportDocument(Document):
         guest: the guest's status when it was exported.
         consistent: whether the exports show one instant that stays readable; if not, they move with the guest.
         exports: the exports.
+        instant: the point in time that they show; null if they show none.
     """
 
     schema_: Literal["qmpnbd.export/1"] = Field(default="qmpnbd.export/1", alias="schema")
@@ -54,3 +73,4 @@ class ExportDocument(Document):
     guest: str
     consistent: bool
     exports: tuple[DiskExportEntry, ...]
+    instant: InstantEntry | None

@@ -59,6 +59,12 @@ complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l insecure -d 'a TCP
 complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l nbd -x -d 'share the NBD server that this QEMU runs already; it is never stopped'
 complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l runtime-dir -x -a '(__fish_complete_directories)' -d 'make the private directory in DIR (default: $TMPDIR or /tmp)'
 complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l allow-iothread -d 'work on disks in an iothread although QEMU 7.x and 8.x may abort when an NBD client is lost'
+complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l point-in-time -d 'export all disks as they are at one instant'
+complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l protect-guest -d 'scratch space that fails must not fail the guest, which is paused some milliseconds for that (QEMU 8.0)'
+complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l exact-chain -d 'export the very chain of the instant, with its allocation depth; the guest writes into an overlay in the folder of --scratch, which is committed at the end'
+complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l scratch -x -a '(__fish_complete_directories)' -d 'where what the guest overwrites is kept (default: the private directory)'
+complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l scratch-size -x -d 'for all disks together (default: most of what is free)'
+complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l dry-run -d 'print its QMP commands, send none'
 complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l timeout -x -d 'keep the exports for so long at most (default: without end); a command that runs then is ended'
 complete -c qmpnbd -n '__fish_seen_subcommand_from export' -l exec -x -d 'run COMMAND with its arguments (all that follows) and end with it and its exit code; QMPNBD_URI and QMPNBD_URI_DISK hold the URIs, QMPNBD_EXPORTS the document of --json'
 complete -c qmpnbd -n '__fish_seen_subcommand_from export' -F
