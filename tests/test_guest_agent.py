@@ -21,6 +21,8 @@ from qmpnbd.qmp.agent_journal import AgentJournal
 from qmpnbd.qmp.quiesce import at_rest, thaw_leftovers
 from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.servers import Server, blockdev, qemu_img, wait_until
+from tests.test_export import running as exporting
+from tests.test_export import told
 from tests.test_vm_images import PACKAGES, ROOT, guest
 
 AGENT_PACKAGES = ROOT / ".work/agent-packages"
@@ -151,3 +153,25 @@ def test_a_guest_is_frozen_and_thawed(binaries: QemuBinaries, folder: Path) -> N
         running.server.side("cont")
         running.goes_on()
         asyncio.run(frozen_for_a_while())
+
+
+@pytest.mark.timeout(240)
+def test_a_point_in_time_of_a_guest_at_rest(binaries: QemuBinaries, folder: Path) -> None:
+    with machine(binaries, folder) as running:
+        options = ["--point-in-time", "--agent", running.agent, "--json"]
+        with exporting("--qmp", running.server.qmp, *options) as child:
+            found = told(child)
+            assert isinstance(found["instant"], dict)
+            assert (found["instant"]["consistency"], found["instant"]["reason"]) == ("frozen", "")
+            assert found["instant"]["frozen_ms"] > 0
+            running.goes_on()
+            child.send_signal(signal.SIGTERM)
+            child.communicate(timeout=60)
+        assert running.server.exports() == []
+        with exporting("--qmp", running.server.qmp, "--point-in-time", "--agent", folder / "none", "--json") as child:
+            found = told(child)
+            assert isinstance(found["instant"], dict)
+            assert found["instant"]["consistency"] == "crash-consistent"
+            assert "no such file" in found["instant"]["reason"].lower()
+            child.send_signal(signal.SIGTERM)
+            child.communicate(timeout=60)

@@ -120,6 +120,11 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     instant.add_argument(
         "--scratch-size", type=int, metavar="BYTES", help="for all disks together (default: most of what is free)"
     )
+    instant.add_argument(
+        "--agent",
+        metavar="ADDRESS",
+        help="the guest agent's socket: the guest's filesystems are frozen for the instant, if they can be",
+    )
     instant.add_argument("--dry-run", action="store_true", help="print its QMP commands, send none")
     server.add_argument(
         "--allow-iothread",
@@ -192,6 +197,8 @@ def _options(arguments: argparse.Namespace) -> Options:
             allocation_depth=instant is None or instant.exact_chain,
         ),
         instant=instant,
+        agent=arguments.agent,
+        journal=_journal(),
     )
 
 
@@ -199,7 +206,7 @@ def _instant(arguments: argparse.Namespace) -> Wishes | None:
     from qmpnbd.qmp.planning import Wishes
 
     if not arguments.point_in_time:
-        for option in ("protect_guest", "exact_chain", "scratch", "scratch_size", "dry_run"):
+        for option in ("protect_guest", "exact_chain", "scratch", "scratch_size", "agent", "dry_run"):
             if getattr(arguments, option):
                 name = f"--{option.replace('_', '-')}"
                 raise UsageError("only with --point-in-time", where=name, remedy="Leave it out, or give both.")
@@ -214,6 +221,15 @@ def _instant(arguments: argparse.Namespace) -> Wishes | None:
         scratch_dir=arguments.scratch,
         scratch_bytes=arguments.scratch_size,
     )
+
+
+def _journal() -> str:
+    """Returns the folder that outlives a killed run, in which is written down that a guest may be frozen."""
+    import os
+    from pathlib import Path
+
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser())
+    return str(home / "qmpnbd" / "agent")
 
 
 def _listen(text: str) -> TcpAddress:

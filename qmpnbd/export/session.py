@@ -19,12 +19,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.export.addresses import server_uri, shared_server
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.address import MonitorAddress, TcpAddress
+from qmpnbd.qmp.agent_journal import AgentJournal
 from qmpnbd.qmp.credentials import ServerTls
 from qmpnbd.qmp.disks import Disk, chosen_disks
 from qmpnbd.qmp.exports import ExportOptions, NodeBitmap, add_export, exported_node, remove_export
@@ -39,6 +41,7 @@ from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import export_id
 from qmpnbd.qmp.planning import Wishes
 from qmpnbd.qmp.pointintime import Statement, point_in_time
+from qmpnbd.qmp.quiesce import at_rest, thaw_leftovers
 from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.server import STOP_SECONDS, start_server, stop_server
@@ -78,6 +81,8 @@ class Options:
         export: what each export offers.
         seconds: time until everything is up; None for no bound. Taking down has its own time.
         instant: export the disks as they are at one instant, taken like this; None for the disks as they go on.
+        agent: the guest agent's socket, to have the guest's filesystems at rest at that instant; None to go without.
+        journal: folder in which it is written down that the guest may be frozen; with `agent`.
     """
 
     listen: TcpAddress | None = None
@@ -89,6 +94,8 @@ class Options:
     export: ExportOptions = field(default_factory=ExportOptions)
     seconds: float | None = SETUP_SECONDS
     instant: Wishes | None = None
+    agent: MonitorAddress | str | None = None
+    journal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +315,14 @@ async def _at_instant(
         allow_iothread=choice.allow_iothread,
     )
     names = [disk.name for disk in disks]
-    point = await stack.enter_async_context(point_in_time(monitor, names, directory, scene.deadline, wishes=wishes))
+    quiesce = None
+    if choice.agent is not None:
+        journal = AgentJournal(Path(choice.journal))
+        for thawed in await thaw_leftovers(journal, log.warning):
+            log.warning("thawed a guest that a killed run had left frozen: %s", thawed)
+        quiesce = at_rest(choice.agent, journal, scene.deadline, required=False)
+    holding = point_in_time(monitor, names, directory, scene.deadline, wishes=wishes, quiesce=quiesce)
+    point = await stack.enter_async_context(holding)
     session = Session(monitor, scene.guest, consistent=True, take_down=scene.take_down, statement=point.statement)
     for disk, offer in zip(disks, point.offers, strict=True):
         node = await exported_node(monitor, offer.export, scene.deadline)

@@ -39,6 +39,7 @@ from qmpnbd.qmp.jobs import read_jobs
 from qmpnbd.qmp.monitor import Events, Monitor, finish
 from qmpnbd.qmp.plan import Offer, Plan, Recipe, Step
 from qmpnbd.qmp.planning import Wishes, plan_point_in_time
+from qmpnbd.qmp.quiesce import Consistency, Kind, Rest
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.scratch import image_files, remove_stale
 from qmpnbd.qmp.teardown import TEARDOWN_SECONDS, TakeDown
@@ -55,14 +56,14 @@ class Statement:
     Attributes:
         recipe: how it was taken.
         why: the reason for this recipe.
-        consistency: ``crash-consistent``, or what `quiesce` said.
+        consistency: what can be said of the content; how long the guest's writes were held up for it is told there.
         window_ms: within how many milliseconds the instant lies: the time its commands took.
         paused_ms: for how many milliseconds the guest was paused; 0 if it was not.
     """
 
     recipe: Recipe
     why: str
-    consistency: str
+    consistency: Consistency
     window_ms: float
     paused_ms: float
 
@@ -95,7 +96,7 @@ async def point_in_time(
     *,
     wishes: Wishes | None = None,
     before: Before | None = None,
-    quiesce: AbstractAsyncContextManager[str] | None = None,
+    quiesce: AbstractAsyncContextManager[Rest] | None = None,
 ) -> AsyncIterator[PointInTime]:
     """Holds the disks of a guest as they are at one instant.
 
@@ -106,7 +107,7 @@ async def point_in_time(
         deadline: for getting there. Taking down has its own time.
         wishes: how.
         before: called just before the instant.
-        quiesce: entered right before the instant and left right after it; gives a word for the statement.
+        quiesce: entered right before the instant and left right after it (`qmpnbd.qmp.quiesce.at_rest`).
 
     Yields:
         The point in time.
@@ -182,20 +183,21 @@ class _Holder:
             await send(self.monitor, step.command, deadline)
 
     async def instant(
-        self, stack: AsyncExitStack, quiesce: AbstractAsyncContextManager[str] | None, deadline: Deadline
+        self, stack: AsyncExitStack, quiesce: AbstractAsyncContextManager[Rest] | None, deadline: Deadline
     ) -> Statement:
         """Takes the instant."""
         steps = self.plan.instant
         ready = sum(step.command["execute"] == "block-export-del" for step in steps)
         await self.do(stack, steps[:ready], deadline)
-        async with quiesce or nullcontext("crash-consistent") as consistency:
+        kind: Kind = "paused" if self.plan.pauses else "crash-consistent"
+        async with quiesce or nullcontext(Rest(Consistency(kind))) as rest:
             began = time.monotonic()
             await self.do(stack, steps[ready:], deadline)
             window = (time.monotonic() - began) * 1000
         return Statement(
             recipe=self.plan.recipe,
             why=self.plan.why,
-            consistency=consistency,
+            consistency=rest.consistency,
             window_ms=window,
             paused_ms=window if self.plan.pauses else 0.0,
         )

@@ -51,10 +51,14 @@ def export_document(
 
 
 def _instant(statement: Statement) -> InstantEntry:
+    said = statement.consistency
     return InstantEntry(
         recipe=statement.recipe.value,
         why=statement.why,
-        consistency=statement.consistency,
+        consistency=said.kind,
+        reason=said.reason,
+        remedy=said.remedy,
+        frozen_ms=round(said.window_ms, 3),
         window_ms=round(statement.window_ms, 3),
         paused_ms=round(statement.paused_ms, 3),
     )
@@ -102,6 +106,8 @@ def export_text(document: ExportDocument) -> str:
         lines.append(
             shown(f"consistent: one instant, {instant.consistency}, within {instant.window_ms:.0f} ms, {pause}")
         )
+        if instant.reason:
+            lines.append(shown(f"not frozen: {instant.reason}. {instant.remedy}"))
         lines.append(shown(f"recipe: {instant.recipe}: {instant.why}"))
     elif document.consistent:
         lines.append("consistent: yes, nothing writes to what is exported")

@@ -41,14 +41,20 @@ class InstantEntry(Part):
     Attributes:
         recipe: ``backup``, ``copy-before-write`` or ``snapshot``.
         why: the reason for this recipe.
-        consistency: ``crash-consistent``, or what the guest's own preparation came to.
+        consistency: ``frozen`` (the guest's filesystems were at rest), ``paused`` or ``crash-consistent``.
+        reason: why not ``frozen`` although that was wished for; else empty.
+        remedy: what to do about it; may be empty.
+        frozen_ms: for how many milliseconds the guest's filesystems were held; 0 if they were not.
         window_ms: within how many milliseconds the instant lies.
         paused_ms: for how many milliseconds the guest was paused; 0 if it was not.
     """
 
     recipe: str
     why: str
-    consistency: str
+    consistency: Literal["frozen", "paused", "crash-consistent"]
+    reason: str
+    remedy: str
+    frozen_ms: float
     window_ms: float
     paused_ms: float
 
