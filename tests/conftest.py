@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.qemu_versions import INSTALLED, QemuBinaries, binaries_of
 from tests.servers import qemu_img, qemu_io, short_folder
 
 
@@ -17,6 +18,12 @@ def folder() -> Iterator[Path]:
     """A folder with a short name, for sockets."""
     with short_folder() as path:
         yield path
+
+
+@pytest.fixture
+def binaries(request: pytest.FixtureRequest) -> QemuBinaries:
+    """The programs of one QEMU release: the installed one, or one after the other with `qemu_versions.each_qemu`."""
+    return binaries_of(getattr(request, "param", INSTALLED))
 
 
 @pytest.fixture(scope="session")

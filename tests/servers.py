@@ -129,20 +129,30 @@ class Server:
 
 
 @contextlib.contextmanager
-def qemu(*arguments: str, cwd: Path | None = None) -> Iterator[Server]:
+def qemu(*arguments: str, cwd: Path | None = None, program: str = "") -> Iterator[Server]:
     """Runs qemu-system-x86_64, paused before its first instruction, with `arguments` for its disks."""
     with short_folder() as folder:
-        command = [tool("qemu-system-x86_64"), "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-m", "32"]
+        command = [
+            program or tool("qemu-system-x86_64"),
+            "-accel",
+            "tcg",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-S",
+            "-m",
+            "32",
+        ]
         command += ["-qmp", f"unix:{folder}/qmp,server=on,wait=off", "-qmp", f"unix:{folder}/side,server=on,wait=off"]
         with _server([*command, *arguments], folder, cwd) as server:
             yield server
 
 
 @contextlib.contextmanager
-def storage_daemon(*arguments: str, cwd: Path | None = None) -> Iterator[Server]:
+def storage_daemon(*arguments: str, cwd: Path | None = None, program: str = "") -> Iterator[Server]:
     """Runs qemu-storage-daemon: QEMU's block layer without a guest."""
     with short_folder() as folder:
-        command = [tool("qemu-storage-daemon")]
+        command = [program or tool("qemu-storage-daemon")]
         for name in ("qmp", "side"):
             command += ["--chardev", f"socket,path={folder}/{name},server=on,wait=off,id={name}"]
             command += ["--monitor", f"chardev={name}"]

@@ -15,7 +15,7 @@ import pytest
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError, ServerBusyError, UnsafeOperationError, UsageError
-from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmap, remove_bitmap
+from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmaps, remove_bitmap
 from qmpnbd.qmp.exports import add_export, remove_export, start_server, stop_server
 from qmpnbd.qmp.inventory import (
     guest_status,
@@ -197,12 +197,12 @@ def test_a_bitmap_tells_what_was_written(server: Server) -> None:
     async def work(monitor: Monitor) -> None:
         await add_bitmap(monitor, "rw", name, SOON)
         assert bitmaps(server) == [name]
-        await disable_bitmap(monitor, "rw", name, SOON)
+        await disable_bitmaps(monitor, [("rw", name)], SOON)
         await remove_bitmap(monitor, "rw", name, SOON)
         await remove_bitmap(monitor, "rw", name, SOON)
         await remove_bitmap(monitor, "no-such-node", name, SOON)
         with pytest.raises(CommandFailedError):
-            await disable_bitmap(monitor, "rw", name, SOON)
+            await disable_bitmaps(monitor, [("rw", name)], SOON)
 
     run(server, work)
     assert bitmaps(server) == []

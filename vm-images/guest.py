@@ -22,6 +22,9 @@ Words on the kernel command line:
     Where the first records go, in bytes, multiples of 4096 (see ``PLACES`` for what is used otherwise).
 ``qmpnbd.write=steady``
     After ``ready``, go on writing records one after the other, at places that jump about all over the disk.
+``qmpnbd.write=hard``
+    After ``ready``, go on writing as fast as the disk takes it: 8 MiB in a row, records, and discards of 4 MiB, by
+    turns and at places that jump about.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ PLACES = (1 * MIB, 9 * MIB + 3 * RECORD, 34 * MIB, 50 * MIB, 70 * MIB, 100 * MIB
 APPEND = "console=ttyS0 quiet nokaslr mitigations=off cryptomgr.notests tsc=reliable no_timer_check panic=-1"
 
 MODULES = ("virtio_pci", "virtio_blk")
-APPLETS = ("sh", "mount", "insmod", "dd", "sleep")
+APPLETS = ("sh", "mount", "insmod", "dd", "sleep", "blkdiscard")
 
 INIT = """\
 #!/bin/sh
@@ -90,13 +93,25 @@ for place in $places; do record "$place"; done
 unset IFS
 echo '@READY@'
 
+[ "$write" = once ] || read -r sectors < /sys/class/block/vda/size
+seed=1
 if [ "$write" = steady ]; then
-    read -r sectors < /sys/class/block/vda/size
     blocks=$((sectors / 8))
-    seed=1
     while :; do
         seed=$(((seed * 1103515245 + 12345) & 0x7fffffff))
         record $(((seed >> 3) % blocks * 4096))
+    done
+fi
+if [ "$write" = hard ]; then
+    places=$((sectors / 2048 - 8))
+    while :; do
+        seed=$(((seed * 1103515245 + 12345) & 0x7fffffff))
+        at=$(((seed >> 8) % places))
+        case $(((seed >> 5) % 8)) in
+            0) record $((at * 1048576)) ;;
+            1) blkdiscard -o $((at * 1048576)) -l 4194304 /dev/vda ;;
+            *) dd if=/dev/zero of=/dev/vda bs=1M count=8 seek=$at oflag=direct conv=notrunc 2> /dev/null ;;
+        esac
     done
 fi
 while :; do sleep 86400; done

@@ -61,14 +61,14 @@ def add_nbdinfo(parser: argparse.ArgumentParser, command: str, schema: str) -> N
     form.add_argument("--nbdinfo-text", action="store_true", help=f"print the very bytes of {command}")
 
 
-def add_timeout(parser: argparse.ArgumentParser, default: float) -> None:
-    """Adds ``--timeout``."""
+def add_timeout(parser: argparse.ArgumentParser, default: float, scope: str = "for everything") -> None:
+    """Adds ``--timeout``; `scope` says what the time is for."""
     parser.add_argument(
         "--timeout",
         type=seconds,
         default=default,
         metavar="SECONDS",
-        help=f"time for everything but taking down (default: {default:g})",
+        help=f"time {scope} but taking down (default: {default:g})",
     )
 
 

@@ -152,8 +152,13 @@ class Chain:
         windows = self._windows(self._refuse, 0, self.size, detailed=True, reserved=True)
         return mapentries.map_batches(windows, self._places(), 0, generation)
 
-    def base_allocation(self, generation: Generation = "7.2") -> ExtentMap:
+    def base_allocation(self, generation: Generation = "7.2", *, holes_in_data: bool = True) -> ExtentMap:
         """Reads what an export by a generation of QEMU would serve as ``base:allocation``: 1 hole, 2 zero, 3 both, 0.
+
+        Args:
+            generation: of QEMU.
+            holes_in_data: whether to look for holes of the file system under the data of a qcow2 layer that looks
+                preallocated now, as QEMU does if it looked so when that was first asked for.
 
         Raises:
             ImageUnsupportedError: a layer of a format whose data is placed by tables that are not read here.
@@ -161,7 +166,7 @@ class Chain:
             DeadlineError: the time ran out.
         """
         windows = self._windows(self._refuse, 0, self.size, detailed=True)
-        return mapentries.base_allocation(windows, self._places(), self.size, generation)
+        return mapentries.base_allocation(windows, self._places(holes_in_data=holes_in_data), self.size, generation)
 
     def locate(self, offset: int) -> tuple[int, str, int | None] | None:
         """Finds what holds a byte.
@@ -306,7 +311,7 @@ class Chain:
         )
         return work.windows(offset, end)
 
-    def _places(self) -> list[Place]:
+    def _places(self, *, holes_in_data: bool = True) -> list[Place]:
         """Finds out where QEMU looks for holes."""
         places = []
         for member in self.members:
@@ -320,7 +325,8 @@ class Chain:
             elif qcow2 is None:
                 places.append(Place(None))
             else:
-                sparse = not qcow2.header.crypt_method and qcow2_metadata.looks_preallocated(qcow2)
+                looks = holes_in_data and not qcow2.header.crypt_method
+                sparse = looks and qcow2_metadata.looks_preallocated(qcow2)
                 places.append(Place(qcow2.data.holes() if sparse else None, hidden=qcow2.header.crypt_method > 0))
         return places
 

@@ -65,15 +65,19 @@ server that needs more replies than there are sectors, plus some for unaligned e
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a server may make us do.
+    """What a server may make us do, and we it.
 
     Attributes:
         extents: at most so many in all.
         short_replies: at most so many replies that stop early.
+        in_flight: at most so many requests at a time. Where a backing chain has several layers, QEMU's requests wait
+            for one another at the lock of each image: 2.2 million extents in four layers took QEMU 7.2 9 s one request
+            at a time, and 33 s with two or more in flight.
     """
 
     extents: int = MAX_EXTENTS
     short_replies: int = MAX_SHORT_REPLIES
+    in_flight: int = IN_FLIGHT
 
 
 class Survey:
@@ -117,6 +121,7 @@ class Survey:
         self._short = 0
         self._empty = False
         self._volleys: dict[Request, EmptyVolley] = {}
+        self._in_flight = limits.in_flight
         self._most_short = min(limits.short_replies, _GRACE + export.size // SECTOR)
 
     def run(self, connection: Connection) -> Job[dict[str, ExtentMap]]:
@@ -196,7 +201,7 @@ class Survey:
         while (volley := self._volley(connection, batch)) is not None:
             self._volleys[volley.request] = volley
             headers.append(volley.headers(connection.submit_volley(batch, volley)))
-        while len(batch.pending) < IN_FLIGHT and (span := self._span()) is not None:
+        while len(batch.pending) < self._in_flight and (span := self._span()) is not None:
             headers.append(self._request(connection, batch, span, 0))
         return b"".join(headers)
 

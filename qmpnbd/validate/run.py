@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
@@ -33,6 +33,7 @@ from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.teardown import TakeDown
 from qmpnbd.report.model import DiskReport, ValidationReport
+from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.live import LiveDisk, Place, in_thread, specs_of
 from qmpnbd.validate.outcome import disk_report, failed_disk_report, worst
 from qmpnbd.validate.reading import check_readable
@@ -59,6 +60,7 @@ class Options:
         runtime_dir: where the private directory is made; None for the folder for temporary files.
         allow_iothread: work on disks in an iothread although this QEMU is known to abort on them.
         listed: how many discrepancies are listed and explained; all are counted.
+        choice: what is compared. The bitmaps of a running QEMU are not: it keeps them in memory, and no file has them.
     """
 
     seconds: float | None = DEFAULT_SECONDS
@@ -67,6 +69,7 @@ class Options:
     runtime_dir: str | None = None
     allow_iothread: bool = False
     listed: int = 100
+    choice: Choice = field(default_factory=Choice)
 
 
 def validate(monitor: str, disks: Sequence[str] = (), options: Options | None = None) -> ValidationReport:
@@ -74,13 +77,20 @@ def validate(monitor: str, disks: Sequence[str] = (), options: Options | None = 
     return asyncio.run(validate_disks(monitor, disks, options))
 
 
-async def validate_disks(monitor: str, disks: Sequence[str] = (), options: Options | None = None) -> ValidationReport:
+async def validate_disks(
+    monitor: str,
+    disks: Sequence[str] = (),
+    options: Options | None = None,
+    *,
+    on_disk: Callable[[DiskReport], None] | None = None,
+) -> ValidationReport:
     """Validates disks of a running QEMU: is the allocation depth it serves what the image files hold?
 
     Args:
         monitor: where its QMP monitor listens: ``PATH`` or ``HOST:PORT``.
         disks: qdev ids, QOM paths or node-names; none for all disks of the guest.
         options: how to do it.
+        on_disk: is handed the report of each disk as soon as there is one.
 
     Returns:
         The report. If several disks are validated, one that cannot be is reported as ``error`` and the others go on.
@@ -95,7 +105,7 @@ async def validate_disks(monitor: str, disks: Sequence[str] = (), options: Optio
     deadline = Deadline(choice.seconds)
     started = datetime.now(UTC)
     async with await Monitor.connect(monitor, deadline) as connected:
-        run = _Run(connected, choice, deadline, TakeDown(connected.is_gone))
+        run = _Run(connected, choice, deadline, TakeDown(connected.is_gone), on_disk)
         guest, reports = await run.all(disks)
         return ValidationReport(
             monitor=connected.where,
@@ -116,6 +126,7 @@ class _Run:
     options: Options
     deadline: Deadline
     take_down: TakeDown
+    on_disk: Callable[[DiskReport], None] | None
 
     async def all(self, wanted: Sequence[str]) -> tuple[str, list[DiskReport]]:
         try:
@@ -151,7 +162,9 @@ class _Run:
                     if len(disks) == 1:
                         raise
                     lost = error if isinstance(error, MonitorLostError) else None
-                    reports.append(failed_disk_report(disk, error))
+                    reports.append(failed_disk_report(disk, error).model_copy(update=self._origin()))
+                if self.on_disk is not None:
+                    self.on_disk(reports[-1])
             return reports
 
     async def _disk(self, disk: Disk, inventory: Inventory, place: Place) -> DiskReport:
@@ -168,8 +181,17 @@ class _Run:
                 where=error.where,
                 remedy="It was removed or renamed under QEMU, or is the nameless overlay of a drive with snapshot=on.",
             ) from error
-        findings, explained = await LiveDisk.judge(place, disk.node_name, self.options.rounds, self.options.listed)
-        return disk_report(disk, findings, explained, self.options.listed, time.monotonic() - began)
+        rounds, listed, choice = self.options.rounds, self.options.listed, self.options.choice
+        findings, explained = await LiveDisk.judge(place, disk.node_name, rounds, listed, choice)
+        report = disk_report(disk, findings, explained, self.options.listed, time.monotonic() - began)
+        return report.model_copy(update=self._origin())
+
+    def _origin(self) -> dict[str, str]:
+        return {
+            "source": self.monitor.where,
+            "qemu": str(self.monitor.version),
+            "choice": str(self.options.choice),
+        }
 
     async def _stop_server(self, directory: RunDirectory) -> None:
         async def stop(deadline: Deadline) -> None:
