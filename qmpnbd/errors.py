@@ -46,7 +46,8 @@
         ├── ImageCorruptError        43  a structure of the image contradicts the format
         ├── ImageUnsupportedError    44  a format or feature that is not read here
         ├── ChainError               45  the backing chain loops or is too deep
-        └── BackingNotLocalError     46  a layer's backing file is not a local file
+        ├── BackingNotLocalError     46  a layer's backing file is not a local file
+        └── ImageChangedError        48  somebody else changed the file while it was read
 
 Exit codes are API: never renumbered. 0, 1 and 3 are verdicts (agreed or clean, discrepancies or corruptions found, not
 everything could be judged or leaks), not errors, and so is 47 (a map with unreadable ranges); 130, 143 and 129 are
@@ -402,3 +403,9 @@ class BackingNotLocalError(ImageError):
     """A layer of the chain is not a local file."""
 
     exit_code = 46
+
+
+class ImageChangedError(ImageError):
+    """Somebody else changed the file while it was read."""
+
+    exit_code = 48

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -88,15 +89,15 @@ def bash(*words: str) -> list[str]:
 
 def fish(*words: str) -> list[str]:
     code = f"source {FOLDER / COMPLETIONS['fish']}; complete -C '{' '.join(words)}'"
-    environment = {**os.environ, "HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"}
-    done = subprocess.run(
-        [have("fish"), "--no-config", "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=FOLDER.parent,
-        env=environment,
-    )
+    with tempfile.TemporaryDirectory() as home:  # which fish writes to
+        done = subprocess.run(
+            [have("fish"), "--no-config", "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=FOLDER.parent,
+            env={**os.environ, "HOME": home, "XDG_CONFIG_HOME": home},
+        )
     return [line.partition("\t")[0] for line in done.stdout.splitlines()]
 
 

@@ -25,10 +25,10 @@ pytestmark = [
 
 
 @contextlib.contextmanager
-def running(disk: Path, *devices: str, program: str = "") -> Iterator[Server]:
-    """Boots the guest on a disk that its node `top` serves; it goes on writing to it, steadily."""
+def running(disk: Path, *devices: str, program: str = "", write: str = "steady") -> Iterator[Server]:
+    """Boots the guest on a disk that its node `top` serves; it goes on writing to it."""
     linux = guest.build(PACKAGES, ROOT / ".work/guest")
-    words = f"{linux.append} qmpnbd.places=1048576,3145728 qmpnbd.write=steady"
+    words = f"{linux.append} qmpnbd.places=1048576,3145728 qmpnbd.write={write}"
     serial = disk.with_suffix(".serial")
     boot = ["-m", "192", "-kernel", str(linux.kernel), "-initrd", str(linux.initramfs), "-append", words]
     with qemu(*boot, "-serial", f"file:{serial}", *devices, program=program) as server:
@@ -62,6 +62,41 @@ def test_a_writing_guest_agrees_and_sigterm_leaves_everything_as_it_was(three_la
         assert child.returncode in (143, 0, 3)  # a disk this small may be done before the signal comes
         assert (server.exports(), server.nbd_server_runs(), edges(server)) == ([], False, before)
         assert server.side("query-status")["status"] == "running"
+
+
+def written(server: Server) -> int:
+    """Bytes that the guest has written to its disk so far."""
+    (disk,) = server.side("query-blockstats")
+    return int(disk["stats"]["wr_bytes"])
+
+
+def test_a_guest_that_writes_and_discards_as_hard_as_it_can_is_judged_nearly_whole(folder: Path) -> None:
+    """No pause, no discrepancy that is none, at least 99 % of the disk judged, and a fault is found all the same."""
+    base, disk = folder / "base.qcow2", folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", base, "1G")
+    qemu_io(base, "write -q -P 5 0 64M", "write -q -P 6 1020M 4M")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", disk, "1G")
+    devices = ["-blockdev", blockdev(disk, "top", discard="unmap"), "-device", "virtio-blk-pci,id=vd0,drive=top"]
+    with running(disk, *devices, write="hard") as server:
+        for _ in range(4):
+            before = written(server)
+            wait_until(lambda before=before: written(server) - before > 32 << 20, "the guest to write")  # type: ignore[misc]
+            (report,) = validate(str(server.qmp), ["vd0"]).disks
+            assert report.discrepancy_count == 0, report.discrepancies[:2]
+            assert report.verdict in ("agreed", "incomplete")
+            for entry in report.compared:
+                assert entry.set_aside_bytes <= entry.bytes // 100, entry
+        assert {entry.what for entry in report.compared} == {"qemu:allocation-depth", "base:allocation", "content"}
+        with base.open("r+b") as file:  # the last cluster, where the guest does not write
+            file.seek(40)
+            file.seek(int.from_bytes(file.read(8), "big") + 8)
+            table = int.from_bytes(file.read(8), "big") & 0x00FFFFFFFFFFFE00
+            file.seek(table + 8191 * 8)
+            file.write(bytes(8))
+        (report,) = validate(str(server.qmp), ["vd0"]).disks
+        assert server.side("query-status")["status"] == "running"
+    depth = [each for each in report.discrepancies if each.compared == "qemu:allocation-depth"]
+    assert [(each.offset, each.end) for each in depth] == [((1 << 30) - 65536, 1 << 30)]
 
 
 @pytest.fixture

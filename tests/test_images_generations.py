@@ -1,7 +1,4 @@
-"""Every generation of QEMU that is unpacked beside the checkout, against what we say of it.
-
-What the installed QEMU says is tested elsewhere, over many more chains.
-"""
+"""Every generation of QEMU that is installed, or unpacked beside the checkout, against what we say of it."""
 
 from __future__ import annotations
 
@@ -20,6 +17,7 @@ from qmpnbd.report.qemuimg import map_json
 from tests.chains import build, recipes, run
 from tests.handmade import qcow2_bytes, write
 from tests.judge import BASE, DEPTH, Judge, judge
+from tests.qemu_versions import installed
 from tests.test_images_blocks import REAL, made
 
 pytestmark = pytest.mark.real
@@ -29,8 +27,11 @@ UNPACKED = Path(__file__).parent.parent / ".work/qemu"
 
 @pytest.fixture(scope="module", params=get_args(Generation))
 def generation(request: pytest.FixtureRequest) -> Iterator[Generation]:
-    """A generation; its tools come first on the PATH for the whole module."""
+    """A generation; its tools come first on the PATH for the whole module, if they are not the installed ones."""
     found: Generation = request.param
+    if found == installed().release:
+        yield found
+        return
     folder = UNPACKED / found / "bin"
     if not folder.is_dir():
         pytest.skip(f"QEMU {found} is not unpacked: scripts/get-qemu {found}")

@@ -17,10 +17,11 @@ from qmpnbd.nbd.connection import Connection, State
 from qmpnbd.nbd.constants import CommandFlag, TransmissionFlag
 from qmpnbd.nbd.export import Export
 from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
+from qmpnbd.nbd.limits import STATUS_IN_FLIGHT as IN_FLIGHT
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.requests import Give, Wait
-from qmpnbd.nbd.survey import FIRST_SPAN, IN_FLIGHT, Survey
+from qmpnbd.nbd.survey import FIRST_SPAN, Survey
 from qmpnbd.nbd.wire import Send
 from tests.hostile_nbd import BASE, DEPTH, Extents, To, chunk, failure, honest, status
 from tests.nbd_line import Line

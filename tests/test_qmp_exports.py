@@ -15,7 +15,7 @@ import pytest
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError, ServerBusyError, UnsafeOperationError, UsageError
-from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmap, remove_bitmap
+from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmaps, remove_bitmap
 from qmpnbd.qmp.exports import add_export, remove_export
 from qmpnbd.qmp.inventory import (
     guest_status,
@@ -150,7 +150,7 @@ def test_cancelled_while_qemu_works_everything_is_known_and_taken_down(server: S
 KILLED = """
 import asyncio, os, sys
 from qmpnbd.deadline import Deadline
-from qmpnbd.qmp.bitmaps import add_bitmap
+from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmaps, remove_bitmap
 from qmpnbd.qmp.exports import add_export
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import bitmap_name, export_id
@@ -199,12 +199,12 @@ def test_a_bitmap_tells_what_was_written(server: Server) -> None:
     async def work(monitor: Monitor) -> None:
         await add_bitmap(monitor, "rw", name, SOON)
         assert bitmaps(server) == [name]
-        await disable_bitmap(monitor, "rw", name, SOON)
+        await disable_bitmaps(monitor, [("rw", name)], SOON)
         await remove_bitmap(monitor, "rw", name, SOON)
         await remove_bitmap(monitor, "rw", name, SOON)
         await remove_bitmap(monitor, "no-such-node", name, SOON)
         with pytest.raises(CommandFailedError):
-            await disable_bitmap(monitor, "rw", name, SOON)
+            await disable_bitmaps(monitor, [("rw", name)], SOON)
 
     run(server, work)
     assert bitmaps(server) == []

@@ -31,7 +31,7 @@ from qmpnbd.nbd.client import Client
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.address import TcpAddress, UnixAddress
-from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmap
+from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmaps
 from qmpnbd.qmp.credentials import ServerTls, read_objects
 from qmpnbd.qmp.exports import ExportOptions, NodeBitmap, add_export, exported_node, remove_export
 from qmpnbd.qmp.monitor import Monitor
@@ -336,7 +336,7 @@ def test_every_refusal_of_an_export_has_a_reason_and_a_remedy(binaries: QemuBina
                 await start_server(monitor, directory, SOON)
                 for name in ("enabled", "busy"):
                     await add_bitmap(monitor, "a", name, SOON)
-                await disable_bitmap(monitor, "a", "busy", SOON)
+                await disable_bitmaps(monitor, [("a", "busy")], SOON)
                 await add_export(monitor, "n", "e0", SOON)
                 await add_export(monitor, "a", "user", SOON, ExportOptions(bitmaps=["busy"]))
                 server.side("block-export-add", type="nbd", id="another-id", name="theirs", node_name="n")
@@ -345,7 +345,7 @@ def test_every_refusal_of_an_export_has_a_reason_and_a_remedy(binaries: QemuBina
                         await add_export(monitor, node, name, SOON, options)
                     assert refused.value.reason == reason, str(refused.value)
                     found[reason] = refused.value
-                await disable_bitmap(monitor, "a", "enabled", SOON)
+                await disable_bitmaps(monitor, [("a", "enabled")], SOON)
                 if binaries.version < (7, 1):
                     with pytest.raises(CapabilityError, match="bitmap-of-node"):
                         await add_export(monitor, "n", "e1", SOON, ExportOptions(bitmaps=[NodeBitmap("a", "enabled")]))

@@ -22,12 +22,16 @@ from qmpnbd.errors import (
     UsageError,
 )
 from qmpnbd.images.chain import LayerSpec
+from qmpnbd.images.mapentries import Generation
 from qmpnbd.nbd.aio import Client
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.report.model import DiskReport, ValidationReport
 from qmpnbd.validate import live
+from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.reading import Reading, read_chain
 from qmpnbd.validate.run import Options, validate, validate_disks
+from tests.fleets import overwritten
+from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.servers import Server, blockdev, qemu, qemu_img, storage_daemon
 from tests.writers import writing, written_and_not_flushed
 
@@ -57,11 +61,11 @@ def reading(monkeypatch: pytest.MonkeyPatch, during: Callable[[int], None]) -> I
     """Does something each time the files are about to be read; `during` is told how often that was before."""
     count = 0
 
-    def read(specs: Sequence[LayerSpec], deadline: Deadline) -> Reading:
+    def read(specs: Sequence[LayerSpec], deadline: Deadline, generation: Generation | None) -> Reading:
         nonlocal count
         count += 1
         during(count - 1)
-        return read_chain(specs, deadline)
+        return read_chain(specs, deadline, generation)
 
     with monkeypatch.context() as patch:
         patch.setattr(live, "read_chain", read)
@@ -75,6 +79,49 @@ def overlay(server: Server, folder: Path, name: str) -> None:
     server.side.execute("blockdev-add", node)
     below = server.side("query-block-exports")[0]["node-name"]
     server.side("blockdev-snapshot", node=below, overlay=name)
+
+
+@each_qemu
+def test_maps_and_bytes_agree_on_a_disk_that_is_written_all_the_time(binaries: QemuBinaries, copies: Path) -> None:
+    """On every release, and of each thing compared at least 99 % are judged."""
+    uri = f"nbd+unix:///?socket={copies}/guest"
+    whole = Options(nbd=uri, choice=Choice(content="whole"))
+    with binaries.daemon("--blockdev", blockdev(copies / "top.qcow2", "top", discard="unmap")) as server:
+        with writing(server, copies / "guest", 4 << 20):
+            for choice in (Options(nbd=uri), whole, Options(nbd=uri)):
+                disk = one(validate(str(server.qmp), ["top"], choice))
+                assert disk.discrepancy_count == 0, disk.discrepancies
+                compared = {entry.what: entry for entry in disk.compared}
+                assert set(compared) == {"qemu:allocation-depth", "base:allocation", "content"}
+                for name in ("qemu:allocation-depth", "base:allocation"):
+                    assert compared[name].set_aside_bytes <= disk.size // 100
+                assert compared["content"].set_aside_bytes <= 4 << 20  # all the rest nobody writes
+        assert one(validate(str(server.qmp), ["top"], Options(choice=Choice(content="whole")))).verdict == "agreed"
+
+
+@each_qemu
+@pytest.mark.parametrize("entry", [0, 1], ids=["gone", "zero"])
+def test_a_spoilt_entry_shows_in_all_that_is_compared(binaries: QemuBinaries, copies: Path, entry: int) -> None:
+    """One that is gone in depth, base:allocation and content; a zero flag does not change the depth."""
+    top = copies / "top.qcow2"
+    with binaries.daemon("--blockdev", blockdev(top, "top", read_only=True)) as server:
+        whole = Options(choice=Choice(content="whole"))
+        assert one(validate(str(server.qmp), ["top"], whole)).verdict == "agreed"
+        content = bytearray(top.read_bytes())
+        table = int.from_bytes(content[40:48], "big")
+        place = (int.from_bytes(content[table : table + 8], "big") & 0x00FFFFFFFFFFFE00) + (12 << 20) // 65536 * 8
+        overwritten(top, place + 7, bytes([content[place + 7] | 1]) if entry else bytes(1))
+        if not entry:
+            overwritten(top, place, bytes(8))
+        disk = one(validate(str(server.qmp), ["top"], whole))
+    found = {each.what: each.discrepancy_bytes for each in disk.compared}
+    assert found == {"qemu:allocation-depth": 0 if entry else 65536, "base:allocation": 65536, "content": 65536}
+
+
+def test_what_is_switched_off_is_not_compared(daemon: Server) -> None:
+    disk = one(validate(str(daemon.qmp), ["top"], Options(choice=Choice(base=False, content="none"))))
+    assert [entry.what for entry in disk.compared] == ["qemu:allocation-depth"]
+    assert disk.choice == "depth,bitmaps,content=none"
 
 
 def test_a_snapshot_in_mid_round_voids_the_round_and_the_new_chain_is_judged(

@@ -29,6 +29,9 @@ Words on the kernel command line:
 ``qmpnbd.write=pairs``
     After ``ready``, go on writing records, each first to ``/dev/vda`` and then to ``/dev/vdb``, at the same place (see
     ``pair_place``). They are not reported: at any moment the second disk has as many as the first one, or one less.
+``qmpnbd.write=hard``
+    After ``ready``, go on writing as fast as the disk takes it: 8 MiB in a row, records, and discards of 4 MiB, by
+    turns and at places that jump about.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ APPEND = "console=ttyS0 quiet nokaslr mitigations=off cryptomgr.notests tsc=reli
 STRIDE = 1103515245  # odd, so that it meets every block of a disk whose size is a power of two
 
 MODULES = ("virtio_pci", "virtio_blk")
-APPLETS = ("sh", "mount", "insmod", "dd", "sleep", "mkdir", "mke2fs", "sync")
+APPLETS = ("sh", "mount", "insmod", "dd", "sleep", "mkdir", "mke2fs", "sync", "blkdiscard")
 
 AGENT = "usr/sbin/qemu-ga"
 AGENT_MODULES = ("virtio_console",)
@@ -119,10 +122,10 @@ if [ "$agent" = yes ]; then
 fi
 echo '@READY@'
 
+[ "$write" = once ] || read -r sectors < /sys/class/block/vda/size
+seed=1
 if [ "$write" = steady ]; then
-    read -r sectors < /sys/class/block/vda/size
     blocks=$((sectors / 8))
-    seed=1
     while :; do
         seed=$(((seed * 1103515245 + 12345) & 0x7fffffff))
         record $(((seed >> 3) % blocks * 4096))
@@ -136,6 +139,18 @@ if [ "$write" = pairs ]; then
         number=$((number + 1))
         place=$(((number * @STRIDE@ + 12345) % blocks * 4096))
         put $place vda && put $place vdb || echo "qmpnbd-guest: pair $number at $place failed"
+    done
+fi
+if [ "$write" = hard ]; then
+    places=$((sectors / 2048 - 8))
+    while :; do
+        seed=$(((seed * 1103515245 + 12345) & 0x7fffffff))
+        at=$(((seed >> 8) % places))
+        case $(((seed >> 5) % 8)) in
+            0) record $((at * 1048576)) ;;
+            1) blkdiscard -o $((at * 1048576)) -l 4194304 /dev/vda ;;
+            *) dd if=/dev/zero of=/dev/vda bs=1M count=8 seek=$at oflag=direct conv=notrunc 2> /dev/null ;;
+        esac
     done
 fi
 while :; do sleep 86400; done

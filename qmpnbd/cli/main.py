@@ -39,9 +39,9 @@ def main(arguments: Sequence[str]) -> int:
             as_json = getattr(parsed, "json", False)
             _log_to_stderr(parsed.verbose, quiet=parsed.quiet)
             if hasattr(parsed, "monitor_parser"):
-                from qmpnbd.cli.options import monitor
+                from qmpnbd.cli.options import monitor, monitors
 
-                parsed.qmp = monitor(parsed)
+                parsed.qmp = monitors(parsed) if parsed.monitor_many else monitor(parsed)
             code = parsed.run(parsed)
     except QmpnbdError as error:
         output.complain(error)

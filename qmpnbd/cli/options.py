@@ -73,14 +73,14 @@ def add_nbdinfo(parser: argparse.ArgumentParser, command: str, schema: str) -> a
     return form
 
 
-def add_timeout(parser: argparse.ArgumentParser, default: float) -> None:
-    """Adds ``--timeout``."""
+def add_timeout(parser: argparse.ArgumentParser, default: float, scope: str = "for everything") -> None:
+    """Adds ``--timeout``; `scope` says what the time is for."""
     parser.add_argument(
         "--timeout",
         type=seconds,
         default=default,
         metavar="SECONDS",
-        help=f"time for everything but taking down (default: {default:g})",
+        help=f"time {scope} but taking down (default: {default:g})",
     )
 
 
@@ -89,13 +89,16 @@ def add_json(parser: argparse.ArgumentParser, schema: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print one JSON document (schema {schema})")
 
 
-def add_monitor(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_monitor(parser: argparse.ArgumentParser, *, required: bool = True, many: bool = False) -> None:
     """Adds the ways to a monitor: ``--qmp``, or ``--libvirt`` and ``--domain``.
 
-    Whichever is given, `monitor` puts the address into ``qmp``, once for all commands; None where none is required.
+    Whichever is given, the address is put into ``qmp``, once for all commands (`monitor`, `monitors`); None where
+    none is required, and a list where there may be many.
     """
     parser.add_argument(
         "--qmp",
+        action="append" if many else "store",
+        default=[] if many else None,
         metavar="ADDRESS",
         help="where QEMU's QMP monitor listens: PATH, unix:PATH, HOST:PORT or tcp:HOST:PORT; or fd:N, a connected "
         "socket that was inherited",
@@ -110,7 +113,21 @@ def add_monitor(parser: argparse.ArgumentParser, *, required: bool = True) -> No
     group.add_argument(
         "--libvirt", metavar="URI", help="libvirt's connection URI, as for virsh -c (default: libvirt's own)"
     )
-    parser.set_defaults(monitor_parser=parser, monitor_required=required)
+    parser.set_defaults(monitor_parser=parser, monitor_required=required, monitor_many=many)
+
+
+def monitors(arguments: argparse.Namespace) -> list[MonitorAddress]:
+    """Returns the addresses of the monitors that were chosen.
+
+    Raises:
+        UsageError: one is no address.
+    """
+    from qmpnbd.qmp.address import LibvirtAddress, parse_address
+
+    found: list[MonitorAddress] = [parse_address(each) for each in arguments.qmp]
+    if arguments.domain is not None:
+        found.append(LibvirtAddress(arguments.libvirt or "", arguments.domain))
+    return found
 
 
 def monitor(arguments: argparse.Namespace) -> MonitorAddress | None:
@@ -140,6 +157,11 @@ def add_sharing(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         help="share the NBD server that this QEMU runs already and that listens at URI; it is never stopped",
     )
+    add_exporting(parser)
+
+
+def add_exporting(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--runtime-dir`` and ``--allow-iothread``."""
     parser.add_argument(
         "--runtime-dir",
         metavar="DIR",

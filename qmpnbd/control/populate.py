@@ -26,6 +26,7 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.errors import BitmapError, LeftBehindError, UsageError
 from qmpnbd.export.addresses import shared_server
 from qmpnbd.nbd.aio import Client
+from qmpnbd.nbd.constants import ALLOCATION_DEPTH as DEPTH
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.bitmaps import add_bitmap, remove_bitmap, transact
 from qmpnbd.qmp.checkpoint_plan import require_granularity
@@ -54,7 +55,7 @@ from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.server import STOP_SECONDS, start_server, stop_server
 from qmpnbd.qmp.teardown import TakeDown
-from qmpnbd.validate.live import DEPTH, Place, in_thread, open_window
+from qmpnbd.validate.live import Place, in_thread, open_window
 
 log = logging.getLogger(__name__)
 
@@ -304,7 +305,7 @@ class _Work:
             work = partial(differing, source.first, source.second, target.granularity, self._deadline)
             return await in_thread(work, self._deadline)
         async with AsyncExitStack() as stack:
-            window = await open_window(place, stack, target.node, DEPTH)
+            window = await open_window(place, stack, target.node, [DEPTH])
             served = await window.client.maps(deadline=self._deadline)
         return list(ranges_of(served[DEPTH], source))
 

@@ -95,6 +95,17 @@ class HostFile:
         except OSError as error:
             raise self._unreadable("its size cannot be told", error) from error
 
+    def status(self) -> os.stat_result:
+        """Returns what the kernel knows of the open file now, whatever its name leads to.
+
+        Raises:
+            ImageUnreadableError: an I/O error.
+        """
+        try:
+            return os.fstat(self._fd)
+        except OSError as error:
+            raise self._unreadable("its status cannot be told", error) from error
+
     def allocated_bytes(self) -> int:
         """Returns the bytes that the file takes of its file system.
 

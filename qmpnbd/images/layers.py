@@ -131,8 +131,13 @@ class Chain:
         windows = self._windows(self._refuse, 0, self.size, detailed=True, reserved=True)
         return mapentries.map_batches(windows, [place(member) for member in self.members], 0, generation)
 
-    def base_allocation(self, generation: Generation = "7.2") -> ExtentMap:
+    def base_allocation(self, generation: Generation = "7.2", *, holes_in_data: bool = True) -> ExtentMap:
         """Reads what an export by a generation of QEMU would serve as ``base:allocation``: 1 hole, 2 zero, 3 both, 0.
+
+        Args:
+            generation: of QEMU.
+            holes_in_data: whether to look for holes of the file system under the data of a qcow2 layer that looks
+                preallocated now, as QEMU does if it looked so when that was first asked for.
 
         Raises:
             ImageUnsupportedError: a layer of a format whose data is placed by tables that are not read here.
@@ -140,7 +145,8 @@ class Chain:
             DeadlineError: the time ran out.
         """
         windows = self._windows(self._refuse, 0, self.size, detailed=True)
-        return mapentries.base_allocation(windows, [place(member) for member in self.members], self.size, generation)
+        places = [place(member, holes_in_data=holes_in_data) for member in self.members]
+        return mapentries.base_allocation(windows, places, self.size, generation)
 
     def base_allocation_with_errors(self, generation: Generation = "7.2") -> tuple[ExtentMap, list[Unreadable]]:
         """Reads ``base:allocation`` as `base_allocation`, but goes on where QEMU would answer with EIO.

@@ -47,8 +47,12 @@ class Member:
         return self.qcow2.data if self.qcow2 is not None else self.outside or self.file
 
 
-def place(member: Member) -> Place:
+def place(member: Member, *, holes_in_data: bool = True) -> Place:
     """Finds out where QEMU looks for holes.
+
+    Args:
+        member: the layer.
+        holes_in_data: whether under the data of a qcow2 layer that looks preallocated, too.
 
     Raises:
         ImageUnsupportedError: the data of the layer is in several files.
@@ -61,7 +65,7 @@ def place(member: Member) -> Place:
         raise ImageUnsupportedError(what, where=member.file.where, remedy="Ask for the allocation depth only.")
     if member.qcow2 is not None:
         encrypted = member.qcow2.header.crypt_method > 0
-        sparse = not encrypted and qcow2_metadata.looks_preallocated(member.qcow2)
+        sparse = holes_in_data and not encrypted and qcow2_metadata.looks_preallocated(member.qcow2)
         return Place(member.data.holes() if sparse else None, hidden=encrypted)
     if isinstance(member.source, Solid):
         holes = member.data.holes()

@@ -39,9 +39,6 @@ from qmpnbd.nbd.survey_reply import Reply, Span, Terms
 from qmpnbd.nbd.survey_volley import EmptyVolley
 from qmpnbd.nbd.wire import Send
 
-IN_FLIGHT: Final = 16
-"""Requests in flight. QEMU works on so many of one connection at a time."""
-
 FIRST_SPAN: Final = 128 << 20
 """Bytes of the first spans: a short reply on any disk, and enough to know how dense it is."""
 
@@ -96,6 +93,7 @@ class Survey:
         self._empty = False
         self._volleys: dict[Request, EmptyVolley] = {}
         self._limits = limits
+        self._in_flight = limits.in_flight
         self._most_short = min(limits.short_replies, _GRACE + export.size // SECTOR)
 
     def run(self, connection: Connection) -> Job[dict[str, ExtentMap]]:
@@ -175,7 +173,7 @@ class Survey:
         while (volley := self._volley(connection, batch)) is not None:
             self._volleys[volley.request] = volley
             headers.append(volley.headers(connection.submit_volley(batch, volley)))
-        while len(batch.pending) < IN_FLIGHT and (span := self._span()) is not None:
+        while len(batch.pending) < self._in_flight and (span := self._span()) is not None:
             headers.append(self._request(connection, batch, span, 0))
         return b"".join(headers)
 

@@ -63,16 +63,25 @@ async def add_bitmap(
     await finish(monitor.execute("block-dirty-bitmap-add", arguments, deadline=deadline))
 
 
-async def disable_bitmap(monitor: Monitor, node_name: str, name: str, deadline: Deadline) -> None:
-    """Ends the recording, so that the bitmap can be exported.
+async def disable_bitmaps(monitor: Monitor, bitmaps: Sequence[tuple[str, str]], deadline: Deadline) -> None:
+    """Ends the recording of several bitmaps at one moment, so that they can be exported.
+
+    A write under way sets its bit only when it has ended; a transaction waits for all of these first.
+
+    Args:
+        monitor: the QEMU.
+        bitmaps: node-name and name of each; with none, nothing is done.
+        deadline: for QEMU's reply.
 
     Raises:
         CommandFailedError: QEMU refused.
         MonitorLostError: the connection ended.
         DeadlineError: no reply in time.
     """
-    arguments = {"node": node_name, "name": name}
-    await finish(monitor.execute("block-dirty-bitmap-disable", arguments, deadline=deadline))
+    kind = "block-dirty-bitmap-disable"
+    actions = [{"type": kind, "data": {"node": node, "name": name}} for node, name in bitmaps]
+    if actions:
+        await finish(monitor.execute("transaction", {"actions": actions}, deadline=deadline))
 
 
 async def remove_bitmap(monitor: Monitor, node_name: str, name: str, deadline: Deadline) -> None:

@@ -158,6 +158,7 @@ class _Holder:
     plan: Plan
     steps: TakeDown
     failure: QmpnbdError | None = None
+    taken: bool = False
 
     def note(self, stack: AsyncExitStack, undo: Sequence[Undo]) -> None:
         """Has `stack` take something down, in this order."""
@@ -194,6 +195,9 @@ class _Holder:
             began = time.monotonic()
             await self.do(stack, steps[ready:], deadline)
             window = (time.monotonic() - began) * 1000
+        # Jobs of a transaction that is refused end, too, and perhaps before the refusal is here.
+        self.taken = True
+        await self._require_jobs()
         return Statement(
             recipe=self.plan.recipe,
             why=self.plan.why,
@@ -281,7 +285,7 @@ class _Holder:
     async def _job_ended(self, events: Events) -> QmpnbdError:
         while True:
             event = await self.monitor.next_event(events, "a change of our jobs", Deadline(None))
-            if event.get("id") in self._jobs and event.get("status") in _ENDED:
+            if self.taken and event.get("id") in self._jobs and event.get("status") in _ENDED:
                 return self._ended(str(event.get("id")))
 
 

@@ -8,6 +8,8 @@ UNREADABLE = 1 << 32
 ALLOCATION_DEPTH = "qemu:allocation-depth"
 BASE_ALLOCATION = "base:allocation"
 DIRTY_BITMAP = "qemu:dirty-bitmap:"
+CONTENT = "content"
+"""No metadata context: the bytes themselves, where they are compared."""
 
 _BASE = {0: "data", 1: "hole", 2: "zero", 3: "hole,zero"}
 _DEPTH = {0: "absent", 1: "local"}

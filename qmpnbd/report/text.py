@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 from qmpnbd.printable import printable as shown
-from qmpnbd.report.contexts import UNREADABLE, describe
+from qmpnbd.report.contexts import ALLOCATION_DEPTH, CONTENT, UNREADABLE, describe
 from qmpnbd.report.maptext import status_mark
 from qmpnbd.report.model import (
     DiscrepancyEntry,
@@ -25,6 +26,7 @@ _HEADLINES = {
     "discrepancy": "DISCREPANCY",
     "incomplete": "NOT EVERYTHING COULD BE JUDGED",
     "error": "NOT VALIDATED",
+    "not-judged": "NOT JUDGED",
 }
 
 _COLOURS: dict[Verdict, str] = {
@@ -32,6 +34,7 @@ _COLOURS: dict[Verdict, str] = {
     "discrepancy": "\x1b[1;31m{}\x1b[0m",
     "incomplete": "\x1b[1;33m{}\x1b[0m",
     "error": "\x1b[1;31m{}\x1b[0m",
+    "not-judged": "\x1b[1;33m{}\x1b[0m",
 }
 """Bold green, red, yellow (ECMA-48, SGR)."""
 
@@ -68,10 +71,12 @@ def validation_text(report: ValidationReport, *, colours: bool = False) -> str:
         report: the report.
         colours: whether it is for a terminal that shows colours.
     """
+    if not report.monitor:
+        return "\n".join(_many(report, colours=colours)) + "\n"
     lines = [f"QEMU {report.qemu}, {guest_words(report.guest)}, monitor {shown(report.monitor)}"]
     for disk in report.disks:
         headline, *rest = _disk(disk)
-        lines += ["", _COLOURS[disk.verdict].format(headline) if colours else headline, *rest]
+        lines += ["", _coloured(disk, headline) if colours else headline, *rest]
     if report.stopped is not None:
         lines += ["", shown(f"stopped before all disks were validated: {report.stopped.where}: {report.stopped.what}")]
     return "\n".join(lines) + "\n"
@@ -87,8 +92,34 @@ def guest_words(status: str) -> str:
     return status if status == "storage daemon" else f"guest {shown(status)}"
 
 
-def _disk(disk: DiskReport) -> Iterator[str]:
-    yield f"disk {disk.name} (node {disk.node_name}): {_HEADLINES[disk.verdict]}"
+def _many(report: ValidationReport, *, colours: bool) -> Iterator[str]:
+    """Yields a report on many disks: what needs to be looked at in full, last, and a line for each of the others."""
+    counts = Counter(disk.verdict for disk in report.disks)
+    noun = "disk" if len(report.disks) == 1 else "disks"
+    yield f"{len(report.disks):,} {noun}: " + ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items())
+    if report.stopped is not None:
+        yield shown(f"stopped before all disks were validated: {report.stopped.what}. {report.stopped.remedy}")
+    quiet = ("agreed", "not-judged") if len(report.disks) > 1 else ()
+    for disk in report.disks:
+        if disk.verdict in quiet:
+            again = f" (unchanged since {disk.agreed_in})" if disk.agreed_in else ""
+            yield shown(f"{_HEADLINES[disk.verdict]} {disk.name}{again}")
+    for disk in report.disks:
+        if disk.verdict not in quiet:
+            yield ""
+            headline, *rest = _disk(disk, disk.source)
+            yield _coloured(disk, headline) if colours else headline
+            yield from rest
+
+
+def _coloured(disk: DiskReport, headline: str) -> str:
+    return _COLOURS[disk.verdict].format(headline)
+
+
+def _disk(disk: DiskReport, source: str = "") -> Iterator[str]:
+    node = f" (node {disk.node_name})" if disk.node_name else ""
+    at = "" if source.endswith(disk.name) or not source else f" at {source}"
+    yield shown(f"disk {disk.name}{node}{at}: {_HEADLINES[disk.verdict]}")
     if disk.error is not None:
         yield "  " + shown(f"{disk.error.where}: {disk.error.what}. {disk.error.remedy}".rstrip())
         return
@@ -101,6 +132,7 @@ def _disk(disk: DiskReport) -> Iterator[str]:
     yield from (f"  {line}" for line in layer_table(disk.layers, totals))
     if disk.strip:
         yield f"  [{_strip(disk)}]"
+    yield from _compared(disk)
     yield from _discrepancies(disk)
     if not disk.files_verified:
         yield "  (whether these files are the ones that QEMU has open cannot be told from here)"
@@ -109,6 +141,17 @@ def _disk(disk: DiskReport) -> Iterator[str]:
     elif disk.set_aside_bytes:
         yield f"  set aside, the guest wrote there all the time: {disk.set_aside_bytes} bytes"
         yield from (f"    [{run.offset}, {run.end})" for run in disk.set_aside[:_SHOWN])
+
+
+def _compared(disk: DiskReport) -> Iterator[str]:
+    """Yields what else was compared than the allocation depth, and why something was not."""
+    for entry in disk.compared:
+        if entry.what == ALLOCATION_DEPTH and not entry.note:
+            continue
+        amount = f", {human_size(entry.bytes)}" if entry.what == CONTENT and entry.bytes else ""
+        aside = f", {human_size(entry.set_aside_bytes)} not judged" if entry.set_aside_bytes else ""
+        note = f" ({shown(entry.note)})" if entry.note else ""
+        yield f"  {shown(entry.what)}: {_HEADLINES[entry.verdict].lower()}{amount}{aside}{note}"
 
 
 def _discrepancies(disk: DiskReport) -> Iterator[str]:
@@ -123,9 +166,15 @@ def _discrepancies(disk: DiskReport) -> Iterator[str]:
 
 
 def _discrepancy(each: DiscrepancyEntry) -> Iterator[str]:
+    if each.compared == CONTENT:
+        yield f"    [{each.offset}, {each.end})  content, from byte {each.served:#04x} against {each.computed:#04x} on"
+        yield f"      served    SHA-256 {each.served_sha256}"
+        yield f"      computed  SHA-256 {each.computed_sha256}"
+        return
+    name = "depth" if each.compared == ALLOCATION_DEPTH else shown(each.compared)
     yield (
-        f"    [{each.offset}, {each.end})  served depth {each.served} ({_meaning(each.served)}), "
-        f"computed {each.computed} ({_meaning(each.computed)})"
+        f"    [{each.offset}, {each.end})  served {name} {_meaning(each.compared, each.served)}, "
+        f"computed {_meaning(each.compared, each.computed)}"
     )
     if each.why:
         yield f"      decided by {shown(each.file)}" if each.file else "      no layer holds it"
@@ -133,8 +182,9 @@ def _discrepancy(each: DiscrepancyEntry) -> Iterator[str]:
         yield f"      layer {step.layer_index} {shown(PurePath(step.file).name)}: {step.read}"
 
 
-def _meaning(depth: int) -> str:
-    return describe("qemu:allocation-depth", depth) or ""
+def _meaning(context: str, value: int) -> str:
+    words = describe(context, value)
+    return str(value) if words is None else f"{value} ({words})"
 
 
 def unreadable_lines(ranges: Sequence[UnreadableEntry]) -> Iterator[str]:

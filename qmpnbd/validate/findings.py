@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from qmpnbd.errors import QmpnbdError
 from qmpnbd.extents import ExtentMap
+from qmpnbd.images.mapentries import NBD_ZERO
+from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.compare import Comparison, Discrepancy
+from qmpnbd.validate.live_content import LiveContent
 from qmpnbd.validate.reading import Reading
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What an export served at one moment.
+
+    Attributes:
+        depth: allocation depth.
+        base: base:allocation; None if not asked for.
+    """
+
+    depth: ExtentMap
+    base: ExtentMap | None
+
+    def agrees(self, reading: Reading) -> bool:
+        """Returns whether the files say the same."""
+        if reading.depth != self.depth:
+            return False
+        return self.base is None or reading.base is None or self.base_beside(reading.base) == reading.base
+
+    def base_beside(self, computed: ExtentMap) -> ExtentMap | None:
+        """Returns base:allocation as it can be compared, if there is any: where the files say data, zeroes are data.
+
+        QEMU looks once, and remembers, whether to ask the file system for holes under the data of a qcow2 layer; what
+        it found then cannot be told from the files now.
+        """
+        if self.base is None:
+            return None
+        zero, data = np.uint64(NBD_ZERO), np.uint64(0)
+        return self.base.combine(computed, lambda told, own: np.where((own == data) & (told == zero), data, told))
+
 
 Unfinished = Literal["", "written", "graph"]
 
@@ -22,14 +59,18 @@ class Findings:
         reading: the image files as read in the last judged round; None before the first.
         served: the served map of that round; None before the first.
         verified: whether the files were seen to be those that QEMU has open, in every judged round.
+        base: the judgement on base:allocation; None if it is not compared.
+        content: that on bytes.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, choice: Choice) -> None:
         self.size = size
         self.rounds = 0
         self.reading: Reading | None = None
         self.served: ExtentMap | None = None
         self.verified = True
+        self.base = Comparison(size) if choice.base else None
+        self.content = LiveContent(choice)
         self._comparison = Comparison(size)
         self._failure: QmpnbdError | None = None
         self._other_sizes = 0
@@ -52,8 +93,8 @@ class Findings:
     def add(
         self,
         reading: Reading,
-        before: ExtentMap,
-        after: ExtentMap | None,
+        before: Served,
+        after: Served | None,
         touched: ExtentMap | None,
         *,
         verified: bool,
@@ -61,13 +102,18 @@ class Findings:
         """Judges a round; see `Comparison.add`. Differing sizes count if they are seen twice running."""
         self._failure = None
         self.rounds += 1
-        self.reading, self.served = reading, before
+        self.reading, self.served = reading, before.depth
         self.verified = self.verified and verified
         if reading.depth.size != self.size:
             self._other_sizes += 1
             return
         self._other_sizes = 0
-        self._comparison.add(before, reading.depth, after, touched)
+        self._comparison.add(before.depth, reading.depth, None if after is None else after.depth, touched)
+        first = None if reading.base is None else before.base_beside(reading.base)
+        if self.base is not None and reading.base is not None and first is not None:
+            again = None if after is None else after.base_beside(reading.base)
+            self.base.add(first, reading.base, again, touched)
+        self.content.judge(touched)
 
     @property
     def sizes_differ(self) -> bool:
@@ -77,7 +123,10 @@ class Findings:
     @property
     def settled(self) -> bool:
         """Whether another round would tell nothing new."""
-        return self.sizes_differ or (self._other_sizes == 0 and self._comparison.settled)
+        if self.sizes_differ or self._other_sizes:
+            return self.sizes_differ
+        base = self.base is None or self.reading is None or self.reading.base is None or self.base.settled
+        return self._comparison.settled and base and self.content.settled
 
     @property
     def unfinished(self) -> Unfinished:

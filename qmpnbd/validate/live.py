@@ -5,10 +5,11 @@ aborts when a client of a disk in an iothread leaves before its export. A round:
 
     graph    which node does the export stand on now, which files lie below        (an export follows the graph)
     watch    a dirty bitmap on every writable layer                                (not in the first round)
-    served   the map, over NBD
+    served   the maps, over NBD
     flush    every writable layer, through a window of its own                     (QEMU flushes no backing files)
-    files    the map, computed                                                     (in a thread)
+    files    the maps, computed                                                    (in a thread)
     served   again, if the two differ
+    content  piece by piece: served, from the files, and served again if the two differ
     watch    what was written meanwhile
     graph    the same as before? else the round says nothing
 """
@@ -33,26 +34,33 @@ from qmpnbd.errors import (
     DiskNotLocalError,
     GraphUnsupportedError,
     ImageError,
+    ImageUnsupportedError,
     InterferenceError,
     QmpnbdError,
 )
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.chain import LayerSpec
+from qmpnbd.images.files import open_layers
 from qmpnbd.nbd.aio import Client
+from qmpnbd.nbd.constants import ALLOCATION_DEPTH as DEPTH
+from qmpnbd.nbd.constants import BASE_ALLOCATION
+from qmpnbd.nbd.limits import Limits
 from qmpnbd.nbd.uri import NbdUri
-from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmap, remove_bitmap
+from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmaps, remove_bitmap
 from qmpnbd.qmp.exports import ExportOptions, add_export, exported_node, remove_export
 from qmpnbd.qmp.graph import Link, below, chain_of
 from qmpnbd.qmp.inventory import read_graph, require_safe_moment
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import bitmap_name, export_id
 from qmpnbd.qmp.teardown import TakeDown
-from qmpnbd.validate.findings import Findings
+from qmpnbd.validate.choice import Choice
+from qmpnbd.validate.findings import Findings, Served
 from qmpnbd.validate.reading import Explained, Reading, explain_all, read_chain
+from qmpnbd.validate.releases import generation_of
+from qmpnbd.validate.sample import both
 
 T = TypeVar("T")
 
-DEPTH = "qemu:allocation-depth"
 DIRTY = "qemu:dirty-bitmap:"
 
 _ROUND_ERRORS = (ImageError, GraphUnsupportedError, DiskNotLocalError, InterferenceError, CommandFailedError)
@@ -89,7 +97,7 @@ class Window:
 
 
 async def open_window(
-    place: Place, stack: AsyncExitStack, node_name: str, context: str, bitmaps: Sequence[str] = ()
+    place: Place, stack: AsyncExitStack, node_name: str, contexts: Sequence[str], bitmaps: Sequence[str] = ()
 ) -> Window:
     """Exports a node and connects to it; `stack` closes both, the export first.
 
@@ -105,7 +113,7 @@ async def open_window(
     await require_safe_moment(place.monitor, place.deadline)
     await add_export(place.monitor, node_name, name, place.deadline, ExportOptions(bitmaps=bitmaps))
     uri = replace(place.server, export=name)
-    clients.append(await Client.connect(uri, contexts=[context], deadline=place.deadline))
+    clients.append(await Client.connect(uri, contexts=contexts, deadline=place.deadline))
     return Window(name, clients[0])
 
 
@@ -117,15 +125,18 @@ async def _close_all(clients: Sequence[Client]) -> None:
 class LiveDisk:
     """A disk that is being judged; made by `judge`."""
 
-    def __init__(self, place: Place, stack: AsyncExitStack, window: Window) -> None:
+    def __init__(self, place: Place, stack: AsyncExitStack, window: Window, choice: Choice) -> None:
         self._place = place
         self._stack = stack
         self._window = window
         self._flushers: dict[str, Window] = {}
-        self._findings = Findings(window.client.export.size)
+        self._generation = generation_of(place.monitor.version) if choice.base else None
+        self._findings = Findings(window.client.export.size, choice)
 
     @classmethod
-    async def judge(cls, place: Place, node_name: str, rounds: int, listed: int) -> tuple[Findings, list[Explained]]:
+    async def judge(
+        cls, place: Place, node_name: str, rounds: int, listed: int, choice: Choice
+    ) -> tuple[Findings, list[Explained]]:
         """Exports a node, judges it, and takes everything down.
 
         Args:
@@ -133,13 +144,15 @@ class LiveDisk:
             node_name: the node that the disk stands on.
             rounds: at most so many.
             listed: how many discrepancies to explain.
+            choice: what to compare beside the allocation depth.
 
         Raises:
             QmpnbdError: the disk cannot be judged.
         """
         async with AsyncExitStack() as stack:
-            window = await open_window(place, stack, node_name, DEPTH)
-            disk = cls(place, stack, window)
+            contexts = [DEPTH, BASE_ALLOCATION] if choice.base else [DEPTH]
+            window = await open_window(place, stack, node_name, contexts)
+            disk = cls(place, stack, window, choice)
             try:
                 for number in range(rounds):
                     await disk._attempt(watched=number > 0)
@@ -167,9 +180,12 @@ class LiveDisk:
         watch = [await self._watched(stack, node) for node in writable] if watched else []
         before = await self._served()
         await self._flush(writable[1:] if links[0].writable else writable)
-        reading = await self._computed(specs_of(links, place.monitor))
-        after = None if before == reading.depth else await self._served()
-        touched = await self._touched(stack, watch) if watched and after is not None else None
+        specs = specs_of(links, place.monitor)
+        reading = await self._computed(specs)
+        after = None if before.agrees(reading) else await self._served()
+        if reading.depth.size == before.depth.size and not self._findings.content.settled:
+            await self._read_content(specs, both(reading.depth, before.depth))
+        touched = await self._touched(stack, watch) if watched else None
         now = below(await read_graph(place.monitor, deadline), await self._exported_node())
         if now != below(graph, node_name):
             self._findings.add_void()
@@ -180,8 +196,25 @@ class LiveDisk:
         """Returns the node that our export stands on now: it follows the graph, so its node-name changes."""
         return await exported_node(self._place.monitor, self._window.export, self._place.deadline)
 
-    async def _served(self) -> ExtentMap:
-        return (await self._window.client.maps(deadline=self._place.deadline))[DEPTH]
+    async def _served(self) -> Served:
+        limits = Limits(in_flight=1)  # a live disk has several layers nearly always
+        maps = await self._window.client.maps(deadline=self._place.deadline, limits=limits)
+        return Served(maps[DEPTH], maps.get(BASE_ALLOCATION))
+
+    async def _read_content(self, specs: Sequence[LayerSpec], depth: ExtentMap) -> None:
+        client, deadline, content = self._window.client, self._place.deadline, self._findings.content
+        with await in_thread(partial(open_layers, specs, deadline=deadline), deadline) as chain:
+
+            async def served(offset: int, length: int) -> bytearray:
+                return await client.read(offset, length, deadline=deadline)
+
+            async def computed(offset: int, length: int) -> bytearray:
+                return await in_thread(partial(chain.read, offset, length), deadline)
+
+            try:
+                await content.read(depth, client.export.minimum_block, served, computed)
+            except ImageUnsupportedError as error:
+                content.give_up(error.what)
 
     async def _flush(self, below_the_top: Sequence[str]) -> None:
         """Brings the tables of all writable layers to their files.
@@ -190,12 +223,12 @@ class LiveDisk:
         """
         for node in reversed(below_the_top):
             if node not in self._flushers:
-                self._flushers[node] = await open_window(self._place, self._stack, node, DEPTH)
+                self._flushers[node] = await open_window(self._place, self._stack, node, [DEPTH])
             await self._flushers[node].client.flush(self._place.deadline)
         await self._window.client.flush(self._place.deadline)
 
     async def _computed(self, specs: Sequence[LayerSpec]) -> Reading:
-        return await in_thread(partial(read_chain, specs, self._place.deadline), self._place.deadline)
+        return await in_thread(partial(read_chain, specs, self._place.deadline, self._generation), self._place.deadline)
 
     async def _watched(self, stack: AsyncExitStack, node: str) -> tuple[str, str]:
         monitor, name = self._place.monitor, bitmap_name(self._place.run, next(self._place.numbers))
@@ -208,9 +241,9 @@ class LiveDisk:
         """Ends the watch and returns what was written in any writable layer: 1, or 0."""
         size = self._findings.size
         touched = ExtentMap.uniform(size, 0)
+        await disable_bitmaps(self._place.monitor, watch, self._place.deadline)
         for node, name in watch:
-            await disable_bitmap(self._place.monitor, node, name, self._place.deadline)
-            window = await open_window(self._place, stack, node, DIRTY + name, [name])
+            window = await open_window(self._place, stack, node, [DIRTY + name], [name])
             dirty = (await window.client.maps(deadline=self._place.deadline))[DIRTY + name]
             touched = touched.combine(dirty.resized(size, 0), np.maximum)
         return touched

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qmpnbd.deadline import Deadline
+from qmpnbd.errors import ImageUnsupportedError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.chain import Explanation, Layer, LayerSpec
 from qmpnbd.images.files import open_layers
 from qmpnbd.images.hostfile import Identity
+from qmpnbd.images.layers import Chain
+from qmpnbd.images.mapentries import Generation
 from qmpnbd.validate.compare import Discrepancy
 
 
@@ -22,12 +25,15 @@ class Reading:
         layers: what they are, active layer first.
         depth: the allocation depth computed from them.
         identities: what each file is to the kernel, however it is named (`qmpnbd.images.hostfile.Identity`).
+        base: base:allocation, without a look for holes under the data of qcow2 layers; None if it was not asked for, or
+            cannot be told.
     """
 
     specs: tuple[LayerSpec, ...]
     layers: tuple[Layer, ...]
     depth: ExtentMap
     identities: tuple[Identity, ...]
+    base: ExtentMap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +55,29 @@ def check_readable(specs: Sequence[LayerSpec], deadline: Deadline) -> None:
         pass
 
 
-def read_chain(specs: Sequence[LayerSpec], deadline: Deadline) -> Reading:
-    """Opens a chain, computes its allocation depth and closes it.
+def read_chain(specs: Sequence[LayerSpec], deadline: Deadline, generation: Generation | None = None) -> Reading:
+    """Opens a chain, computes its maps and closes it.
+
+    Args:
+        specs: which files, and how they are read.
+        deadline: for all of it.
+        generation: of the QEMU that runs, to compute its base:allocation; None to leave that out.
 
     Raises:
         ImageError: a layer cannot be read.
         DeadlineError: `deadline` passed.
     """
     with open_layers(specs, deadline=deadline) as chain:
-        return Reading(tuple(specs), chain.layers, chain.allocation_depth(), chain.identities)
+        return Reading(tuple(specs), chain.layers, chain.allocation_depth(), chain.identities, _base(chain, generation))
+
+
+def _base(chain: Chain, generation: Generation | None) -> ExtentMap | None:
+    if generation is None:
+        return None
+    try:
+        return chain.base_allocation(generation, holes_in_data=False)
+    except ImageUnsupportedError:
+        return None
 
 
 def explain_all(

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
@@ -35,6 +35,7 @@ from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.server import STOP_SECONDS, start_server, stop_server
 from qmpnbd.qmp.teardown import TakeDown
 from qmpnbd.report.model import DiskReport, ValidationReport
+from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.live import LiveDisk, Place, in_thread, specs_of
 from qmpnbd.validate.outcome import disk_report, failed_disk_report, worst
 from qmpnbd.validate.reading import check_readable
@@ -61,6 +62,7 @@ class Options:
         runtime_dir: where the private directory is made; None for the folder for temporary files.
         allow_iothread: work on disks in an iothread although this QEMU is known to abort on them.
         listed: how many discrepancies are listed and explained; all are counted.
+        choice: what is compared. The bitmaps of a running QEMU are not: it keeps them in memory, and no file has them.
     """
 
     seconds: float | None = DEFAULT_SECONDS
@@ -69,6 +71,7 @@ class Options:
     runtime_dir: str | None = None
     allow_iothread: bool = False
     listed: int = 100
+    choice: Choice = field(default_factory=Choice)
 
 
 def validate(
@@ -165,7 +168,7 @@ class _Run:
                     if len(disks) == 1:
                         raise
                     lost = error if isinstance(error, MonitorLostError) else None
-                    reports.append(failed_disk_report(disk, error))
+                    reports.append(failed_disk_report(disk, error).model_copy(update=self._origin()))
                 if self.on_disk is not None:
                     self.on_disk(reports[-1])
             return reports
@@ -184,8 +187,17 @@ class _Run:
                 where=error.where,
                 remedy="It was removed or renamed under QEMU, or is the nameless overlay of a drive with snapshot=on.",
             ) from error
-        findings, explained = await LiveDisk.judge(place, disk.node_name, self.options.rounds, self.options.listed)
-        return disk_report(disk, findings, explained, self.options.listed, time.monotonic() - began)
+        rounds, listed, choice = self.options.rounds, self.options.listed, self.options.choice
+        findings, explained = await LiveDisk.judge(place, disk.node_name, rounds, listed, choice)
+        report = disk_report(disk, findings, explained, self.options.listed, time.monotonic() - began)
+        return report.model_copy(update=self._origin())
+
+    def _origin(self) -> dict[str, str]:
+        return {
+            "source": self.monitor.where,
+            "qemu": str(self.monitor.version),
+            "choice": str(self.options.choice),
+        }
 
     async def _stop_server(self, directory: RunDirectory) -> None:
         async def stop(deadline: Deadline) -> None:

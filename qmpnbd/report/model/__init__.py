@@ -35,10 +35,12 @@ from qmpnbd.report.model.populate import PopulateDocument
 from qmpnbd.report.model.recover import RecoverDocument, TakenDownEntry
 from qmpnbd.report.model.status import RunEntry, StatusDocument, ThingEntry
 from qmpnbd.report.model.validate import (
+    ComparedEntry,
     DepthTotal,
     DiscrepancyEntry,
     DiskLine,
     DiskReport,
+    FileEntry,
     Picture,
     StepEntry,
     SummaryLine,
@@ -58,6 +60,7 @@ __all__ = [
     "CheckpointState",
     "CheckpointsDocument",
     "ChildEntry",
+    "ComparedEntry",
     "ContextMap",
     "DepthEntry",
     "DepthTotal",
@@ -75,6 +78,7 @@ __all__ = [
     "ExportEntry",
     "ExportReport",
     "ExtentEntry",
+    "FileEntry",
     "FindingEntry",
     "GraphDiskEntry",
     "GraphDocument",

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from qmpnbd.report.model.parts import Document, ErrorEntry, LayerEntry, Part, RangeEntry
 
-Verdict = Literal["agreed", "discrepancy", "incomplete", "error"]
+Verdict = Literal["agreed", "discrepancy", "incomplete", "error", "not-judged"]
 
 
 class DepthTotal(Part):
@@ -38,10 +38,13 @@ class DiscrepancyEntry(Part):
     Attributes:
         offset: first byte.
         end: the byte after the last one.
-        served: allocation depth as QEMU serves it.
-        computed: allocation depth computed from the files.
+        served: the status as QEMU serves it; of content the first byte that differs.
+        computed: the status computed from the files; of content that byte in them.
         file: the layer that decided what was computed; null if no explanation was asked for.
         why: what was read for the first byte, from the active layer down to the one that decided.
+        compared: what was compared: a metadata context, or ``content``.
+        served_sha256: of content, the SHA-256 of the bytes served for the whole run, in hexadecimal; else null.
+        computed_sha256: of content, that of the bytes in the files; else null.
     """
 
     offset: int
@@ -50,6 +53,54 @@ class DiscrepancyEntry(Part):
     computed: int
     file: str | None
     why: tuple[StepEntry, ...]
+    compared: str = "qemu:allocation-depth"
+    served_sha256: str | None = None
+    computed_sha256: str | None = None
+
+
+class ComparedEntry(Part):
+    """One of the things that were compared.
+
+    Attributes:
+        what: a metadata context (``qemu:allocation-depth``, ``base:allocation``, ``qemu:dirty-bitmap:NAME``), or
+            ``content``.
+        verdict: on this alone.
+        bytes: bytes compared: the disk's size for a context.
+        discrepancy_count: differing runs.
+        discrepancy_bytes: bytes in them.
+        set_aside_bytes: bytes that could not be judged.
+        note: what a reader should know: why it was left out, or how a sample was chosen; may be empty.
+    """
+
+    what: str
+    verdict: Verdict
+    bytes: int
+    discrepancy_count: int = 0
+    discrepancy_bytes: int = 0
+    set_aside_bytes: int = 0
+    note: str = ""
+
+
+class FileEntry(Part):
+    """A file as it was when it was read: by this, a later run knows whether it is still the same.
+
+    Attributes:
+        path: its name.
+        device: number of the device it lies on.
+        inode: its number there.
+        size: bytes.
+        mtime_ns: when its content was changed last, in nanoseconds.
+        ctime_ns: when anything of it was changed last; unlike `mtime_ns` nobody can set it back.
+        settled: whether that was so long before it was read that a later change cannot bear the same times.
+    """
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    settled: bool
 
 
 class Picture(Part):
@@ -79,7 +130,8 @@ class DiskReport(Part):
         qom_path: the device; empty for a node without one.
         node_name: the node that was exported.
         verdict: ``agreed``; ``discrepancy`` (at least one); ``incomplete`` (none found, but not everything could be
-            judged because the guest was writing there or the graph changed); ``error``.
+            judged because the guest was writing there or the graph changed); ``error``; ``not-judged`` (the run ended
+            before it was its turn).
         size: bytes of the disk as served.
         computed_size: bytes of the disk according to its files; differing from `size` is a discrepancy.
         layers: the backing chain, active layer first.
@@ -99,6 +151,13 @@ class DiskReport(Part):
             not tell, as for a monitor on TCP.
         seconds: time taken.
         error: what went wrong; null unless the verdict is ``error``.
+        source: where it was found: the monitor, the URI, or the image file.
+        qemu: version of the QEMU that served it; empty if that is not known.
+        compared: what was compared, with a verdict on each.
+        choice: what was asked to be compared (`qmpnbd.validate.choice.Choice`), as text.
+        files: the image files as they were read; none for a running guest's, which change all the time.
+        agreed_in: when the former report was made from which the verdict was taken, because nothing has changed since;
+            empty if the disk was judged in this run.
     """
 
     name: str
@@ -111,6 +170,12 @@ class DiskReport(Part):
     totals: tuple[DepthTotal, ...] = ()
     extents: int = 0
     strip: tuple[int, ...] = ()
+    source: str = ""
+    qemu: str = ""
+    compared: tuple[ComparedEntry, ...] = ()
+    choice: str = ""
+    files: tuple[FileEntry, ...] = ()
+    agreed_in: str = ""
     picture: Picture | None = Field(default=None, exclude=True)
     rounds: int = 0
     discrepancies: tuple[DiscrepancyEntry, ...] = ()
@@ -128,11 +193,11 @@ class ValidationReport(Document):
     """The result of ``qmpnbd validate``.
 
     Attributes:
-        monitor: the QMP address.
-        qemu: QEMU's version.
-        guest: the guest's status, or ``storage daemon``.
+        monitor: the QMP address; empty unless exactly one running QEMU was validated.
+        qemu: QEMU's version; likewise.
+        guest: the guest's status, or ``storage daemon``; likewise.
         started: when the validation began (UTC, ISO 8601).
-        verdict: the worst of the disks': discrepancy, then error, then incomplete, then agreed.
+        verdict: the worst of the disks': discrepancy, then error, then incomplete, then not-judged, then agreed.
         disks: one report a disk.
         left_behind: what could not be taken down in QEMU, in words.
         stopped: what ended the run before all disks were validated; null if nothing did.

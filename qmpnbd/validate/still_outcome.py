@@ -1,0 +1,126 @@
+"""From the findings of a disk that stands still to its report; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from qmpnbd.errors import QmpnbdError
+from qmpnbd.extents import ExtentMap
+from qmpnbd.nbd.constants import ALLOCATION_DEPTH
+from qmpnbd.report.contexts import DIRTY_BITMAP
+from qmpnbd.report.layers import layer_entries
+from qmpnbd.report.model import (
+    ComparedEntry,
+    DepthTotal,
+    DiscrepancyEntry,
+    DiskReport,
+    ErrorEntry,
+    Verdict,
+)
+from qmpnbd.report.picture import picture_of
+from qmpnbd.report.strip import STRIP_CELLS, dominant
+from qmpnbd.validate.choice import Choice
+from qmpnbd.validate.outcome import content_discrepancy, content_entry, discrepancy_entry
+from qmpnbd.validate.reading import Explained
+from qmpnbd.validate.still import MapFinding, StillFindings, Terms
+from qmpnbd.validate.target import Target
+
+
+def still_report(target: Target, findings: StillFindings, terms: Terms, qemu: str) -> DiskReport:
+    """Makes the report of a disk that stands still.
+
+    Args:
+        target: the disk.
+        findings: what was found.
+        terms: how it was judged.
+        qemu: version of the QEMU that served it; empty if that is not known.
+    """
+    compared = tuple(_compared(findings))
+    served = findings.served_depth if findings.served_depth is not None else findings.depth
+    count = sum(entry.discrepancy_count for entry in compared)
+    return DiskReport(
+        name=target.name,
+        qom_path="",
+        node_name="",
+        verdict=_verdict(findings, compared),
+        size=findings.size,
+        computed_size=findings.computed_size,
+        layers=layer_entries(findings.layers),
+        totals=tuple(DepthTotal(allocation_depth=depth, bytes=total) for depth, total in served.totals().items()),
+        extents=len(served),
+        strip=dominant(served, STRIP_CELLS),
+        picture=picture_of(served, findings.depth_discrepancies(), ExtentMap.uniform(served.size, 0)),
+        rounds=1,
+        discrepancies=tuple(_discrepancies(findings, terms.listed)),
+        discrepancy_count=count,
+        discrepancy_bytes=sum(entry.discrepancy_bytes for entry in compared),
+        files_verified=True,
+        source=target.source,
+        qemu=qemu,
+        compared=compared,
+        choice=str(terms.choice),
+        files=tuple(stamp.entry() for stamp in findings.stamps),
+    )
+
+
+def failed_report(target: Target, error: QmpnbdError, choice: Choice, qemu: str = "") -> DiskReport:
+    """Makes the report of a target that could not be validated."""
+    return DiskReport(
+        name=target.name,
+        qom_path="",
+        node_name="",
+        verdict="error",
+        error=ErrorEntry.of(error),
+        source=target.source,
+        qemu=qemu,
+        choice=str(choice),
+    )
+
+
+def not_judged_report(target: Target, choice: Choice) -> DiskReport:
+    """Makes the report of a target whose turn did not come."""
+    return DiskReport(
+        name=target.name, qom_path="", node_name="", verdict="not-judged", source=target.source, choice=str(choice)
+    )
+
+
+def _verdict(findings: StillFindings, compared: Sequence[ComparedEntry]) -> Verdict:
+    if findings.size != findings.computed_size or any(entry.discrepancy_count for entry in compared):
+        return "discrepancy"
+    # A bitmap that a server does not offer is nothing it has said.
+    wanted = [entry for entry in compared if not entry.what.startswith(DIRTY_BITMAP)]
+    return "incomplete" if any(entry.verdict == "not-judged" for entry in wanted) else "agreed"
+
+
+def _compared(findings: StillFindings) -> Iterator[ComparedEntry]:
+    for found in findings.maps:
+        yield _map_entry(found)
+    if findings.content is not None:
+        content = findings.content
+        yield content_entry(content.differences, content.sample.bytes, content.note or content.sample.note)
+
+
+def _map_entry(found: MapFinding) -> ComparedEntry:
+    if found.comparison is None or found.served is None:
+        return ComparedEntry(what=found.context, verdict="not-judged", bytes=0, note=found.note)
+    count, bytes_found = found.comparison.discrepancy_totals()
+    return ComparedEntry(
+        what=found.context,
+        verdict="discrepancy" if count else "agreed",
+        bytes=found.served.size,
+        discrepancy_count=count,
+        discrepancy_bytes=bytes_found,
+        note=found.note,
+    )
+
+
+def _discrepancies(findings: StillFindings, listed: int) -> Iterator[DiscrepancyEntry]:
+    for discrepancy, explanation in findings.explained:
+        yield discrepancy_entry(Explained(discrepancy, explanation))
+    for found in findings.maps:
+        if found.context != ALLOCATION_DEPTH and found.comparison is not None:
+            for each in islice(found.comparison.discrepancies(), listed):
+                yield discrepancy_entry(Explained(each, None), found.context)
+    for differing in islice(() if findings.content is None else findings.content.differences, listed):
+        yield content_discrepancy(differing)
