@@ -102,4 +102,5 @@ def test_a_run_that_lives_is_left_alone(running: Machine) -> None:
 
 
 def test_a_run_id_that_is_none_is_refused(running: Machine) -> None:
-    qmpnbd("recover", "--qmp", running.server.qmp, "--run", "../../etc", code=2)
+    done = qmpnbd("recover", "--qmp", running.server.qmp, "--run", "../../etc", code=2)
+    assert "is not a run id" in done.stderr

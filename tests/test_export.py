@@ -246,7 +246,8 @@ def test_the_time_is_over(disk: Path) -> None:
     [(["false"], 1), (["sh", "-c", "kill -9 $$"], 137), (["/no/such/command"], 2), (["true"], 0)],
 )
 def test_the_commands_end_is_ours(disk: Path, command: list[str], code: int) -> None:
-    qmpnbd("export", disk, "--format", "qcow2", "--exec", *command, code=code)
+    done = qmpnbd("export", disk, "--format", "qcow2", "--exec", *command, code=code)
+    assert done.stdout == "", "stdout belongs to the command"
 
 
 @pytest.mark.parametrize(

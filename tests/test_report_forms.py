@@ -240,7 +240,8 @@ class TestSvg:
         assert len("".join(maps_svg("x", {"foreign:thing": ExtentMap(ends, ends)}))) < 150_000
 
     def test_an_empty_disk(self) -> None:
-        Xml.fromstring("".join(maps_svg("x", {"qemu:allocation-depth": ExtentMap([], [])})))
+        root = Xml.fromstring("".join(maps_svg("x", {"qemu:allocation-depth": ExtentMap([], [])})))
+        assert root.tag.endswith("svg")
 
 
 def test_the_json_document_has_no_picture() -> None:

@@ -19,7 +19,8 @@ Each gives one instant over several disks on stock QEMU. ``D`` is a disk's forma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qmpnbd.errors import UsageError
@@ -115,15 +116,15 @@ def make_plan(recipe: Recipe, why: str, disks: Sequence[PlannedDisk], around: Su
     nodes = [disk.node_name for disk in disks]
     if not nodes or len(set(nodes)) != len(nodes):
         raise UsageError("a point in time needs each disk once", where=", ".join(nodes) or "no disk")
-    build = {
+    build: dict[Recipe, Callable[[tuple[PlannedDisk, ...], Surroundings], _Recipe]] = {
         Recipe.BACKUP: _Backup,
         Recipe.COPY_BEFORE_WRITE: _CopyBeforeWrite,
         Recipe.SNAPSHOT: _Snapshot,
-    }[recipe]
-    return build(tuple(disks), around).plan(recipe, why)
+    }
+    return build[recipe](tuple(disks), around).plan(recipe, why)
 
 
-class _Recipe:
+class _Recipe(ABC):
     """What the recipes share."""
 
     depth_is_exact = False
@@ -154,17 +155,17 @@ class _Recipe:
             pauses=any(step.command["execute"] == "stop" for step in instant),
         )
 
+    @abstractmethod
     def ready(self, number: int, disk: PlannedDisk) -> Iterator[Step]:
         """What a disk needs before the instant."""
-        raise NotImplementedError
 
+    @abstractmethod
     def instant(self) -> Iterator[Step]:
         """The instant."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exports(self, number: int, disk: PlannedDisk) -> Iterator[Step]:
         """What is exported of a disk."""
-        raise NotImplementedError
 
     @property
     def watched(self) -> bool:
