@@ -76,10 +76,14 @@ def short_folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def process(arguments: Sequence[str], log: Path, cwd: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    arguments: Sequence[str], log: Path, cwd: Path | None = None, inherited: Sequence[int] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a server with its output in a file, and ends it."""
     with log.open("wb") as output:
-        child = subprocess.Popen(arguments, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=cwd)
+        child = subprocess.Popen(
+            arguments, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=cwd, pass_fds=inherited
+        )
     try:
         yield child
     finally:
@@ -95,10 +99,12 @@ def process(arguments: Sequence[str], log: Path, cwd: Path | None = None) -> Ite
 class Side:
     """A second client of the same QEMU: blocking, as small as can be, and independent of what is under test."""
 
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+    def __init__(self, at: Path | socket.socket) -> None:
+        """Greets, over a socket's path or over a connected one, which is closed at the end."""
+        self._socket = socket.socket(socket.AF_UNIX) if isinstance(at, Path) else at
         self._socket.settimeout(20)
-        self._socket.connect(str(path))
+        if isinstance(at, Path):
+            self._socket.connect(str(at))
         self._lines = self._socket.makefile("rb")
         assert "QMP" in json.loads(self._lines.readline())
         self("qmp_capabilities")
@@ -148,41 +154,56 @@ class Server:
 @contextlib.contextmanager
 def qemu(*arguments: str, cwd: Path | None = None, program: str = "") -> Iterator[Server]:
     """Runs qemu-system-x86_64, paused before its first instruction, with `arguments` for its disks."""
-    with short_folder() as folder:
-        command = [program or tool("qemu-system-x86_64"), "-accel", "tcg", "-nodefaults"]
-        command += ["-display", "none", "-S", "-m", "32"]
-        command += ["-qmp", f"unix:{folder}/qmp,server=on,wait=off", "-qmp", f"unix:{folder}/side,server=on,wait=off"]
-        with _server([*command, *arguments], folder, cwd) as server:
-            yield server
+    command = [
+        program or tool("qemu-system-x86_64"),
+        "-accel",
+        "tcg",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-S",
+        "-m",
+        "32",
+    ]
+    with _server([*command, *arguments], ("-mon", "mode=control,"), cwd) as server:
+        yield server
 
 
 @contextlib.contextmanager
 def storage_daemon(*arguments: str, cwd: Path | None = None, program: str = "") -> Iterator[Server]:
     """Runs qemu-storage-daemon: QEMU's block layer without a guest."""
-    with short_folder() as folder:
-        command = [program or tool("qemu-storage-daemon")]
-        for name in ("qmp", "side"):
-            command += ["--chardev", f"socket,path={folder}/{name},server=on,wait=off,id={name}"]
-            command += ["--monitor", f"chardev={name}"]
-        with _server([*command, *arguments], folder, cwd) as server:
-            yield server
+    command = [program or tool("qemu-storage-daemon")]
+    with _server([*command, *arguments], ("--monitor", ""), cwd) as server:
+        yield server
 
 
 @contextlib.contextmanager
-def _server(command: Sequence[str], folder: Path, cwd: Path | None) -> Iterator[Server]:
-    log = folder / "log"
-    with process(command, log, cwd) as child:
+def _server(command: Sequence[str], monitor: tuple[str, str], cwd: Path | None) -> Iterator[Server]:
+    """Runs a server with three monitors: two that listen, and one over which it says that it has begun to serve them.
 
-        def ready() -> bool:
-            assert child.poll() is None, log.read_text()
-            return listening(folder / "qmp") and listening(folder / "side")
-
-        wait_until(ready, f"{command[0]} to listen")
-        side = Side(folder / "side")
-        try:
-            yield Server(folder / "qmp", side, child.pid, folder)
-        finally:
-            side.close()
+    Whoever connects to one that listens before that meets the thread that takes it over, and may be greeted twice, or
+    never (7.2). What the third one answers comes after the two others were taken over: they are named before it.
+    """
+    option, mode = monitor
+    ours, its = socket.socketpair()
+    with short_folder() as folder, ours:
+        log = folder / "log"
+        words = [*command]
+        for name in ("qmp", "side"):
+            words += ["--chardev", f"socket,path={folder}/{name},server=on,wait=off,id={name}"]
+            words += [option, f"{mode}chardev={name}"]
+        words += ["--chardev", f"socket,fd={its.fileno()},id=ready", option, f"{mode}chardev=ready"]
+        with process(words, log, cwd, [its.fileno()]) as child:
+            its.close()
+            try:
+                Side(ours).close()
+            except (AssertionError, OSError, ValueError) as error:
+                raise AssertionError(log.read_text()) from error
+            side = Side(folder / "side")
+            try:
+                yield Server(folder / "qmp", side, child.pid, folder)
+            finally:
+                side.close()
 
 
 def qemu_img(*arguments: str | Path) -> str:

@@ -51,12 +51,14 @@ class FdAddress:
 
     Attributes:
         fd: the descriptor.
+        name: what messages call it; empty for its number.
     """
 
     fd: int
+    name: str = ""
 
     def __str__(self) -> str:
-        return f"fd:{self.fd}"
+        return self.name or f"fd:{self.fd}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,14 @@
-"""A storage daemon of our own for an image that no QEMU has open: QEMU's block layer without a guest.
+"""A storage daemon of our own for images that no QEMU has open: QEMU's block layer without a guest.
 
 ::
 
-    qmpnbd-3f9a01c7/qmp.sock     listening before the daemon runs, and handed to it: nothing has to be waited for
     qmpnbd-3f9a01c7/daemon.log   what it says
 
-It opens the image read-only, and QEMU's locks see to it that nobody writes to it meanwhile. It ends with us, also when
+Its monitor is one half of a pair of sockets that it inherits, connected before it runs. One that listens is not safe to
+connect to while it starts: the thread that accepts and the thread that takes the monitor over meet, and QEMU greets
+twice or never (7.2).
+
+It opens images read-only, and QEMU's locks see to it that nobody writes to them meanwhile. It ends with us, also when
 we are killed.
 """
 
@@ -18,15 +21,15 @@ import json
 import os
 import shutil
 import signal
+import socket
 import stat
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import ImageMissingError, ImageUnreadableError, MonitorError, UsageError
-from qmpnbd.qmp.address import UnixAddress
-from qmpnbd.qmp.listeners import listening
+from qmpnbd.errors import ImageMissingError, ImageUnreadableError, MonitorConnectError, MonitorError, UsageError
+from qmpnbd.qmp.address import FdAddress
 from qmpnbd.qmp.monitor import Monitor, finish
 from qmpnbd.qmp.process import Peer
 from qmpnbd.qmp.rundir import RunDirectory
@@ -65,31 +68,66 @@ async def storage_daemon(
         MonitorError: the daemon does not answer.
         DeadlineError: no answer in time.
     """
+    blockdev = json.dumps(_node(image, image_format))
+    async with AsyncExitStack() as stack:
+        try:
+            monitor = await stack.enter_async_context(
+                running_daemon(directory, ["--blockdev", blockdev], deadline, program)
+            )
+        except MonitorConnectError as error:
+            raise _unreadable(error, blockdev, image) from error
+        yield monitor
+
+
+@asynccontextmanager
+async def running_daemon(
+    directory: RunDirectory, options: Sequence[str], deadline: Deadline, program: str = PROGRAM
+) -> AsyncIterator[Monitor]:
+    """Runs a storage daemon.
+
+    Args:
+        directory: the run's private directory.
+        options: its options beside those of its monitor.
+        deadline: for its start.
+        program: the daemon.
+
+    Yields:
+        Its monitor.
+
+    Raises:
+        UsageError: there is no such program.
+        MonitorConnectError: it ended at once; the error says what it said.
+        MonitorError: it does not answer.
+        DeadlineError: no answer in time.
+    """
     path = shutil.which(program)
     if path is None:
-        raise UsageError(f"there is no program {program}", where=image, remedy="Install QEMU's storage daemon.")
-    blockdev = json.dumps(_node(image, image_format))
-    address = UnixAddress(str(directory.path / "qmp.sock"))
+        raise UsageError(
+            "there is no such program, and images cannot be served without it",
+            where=program,
+            remedy="Install QEMU's storage daemon (Debian: qemu-system-common or qemu-utils).",
+        )
     log = directory.path / "daemon.log"
-    with listening(address) as sock, log.open("wb") as output:
+    ours, its = socket.socketpair()
+    with ours, its, log.open("wb") as output:
         # A session of its own: the Ctrl-C of a terminal is for us, who take the exports down first.
         process = await asyncio.create_subprocess_exec(
             path,
-            *("--chardev", f"socket,id=qmp,fd={sock.fileno()},server=on,wait=off", "--monitor", "chardev=qmp"),
-            *("--blockdev", blockdev),
+            *("--chardev", f"socket,id=qmp,fd={its.fileno()}", "--monitor", "chardev=qmp", *options),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=[sock.fileno()],
+            pass_fds=[its.fileno()],
             start_new_session=True,
             preexec_fn=_ending_with(os.getpid()),  # one system call, looked up before the fork
         )
+        address = FdAddress(ours.detach(), program)
     try:
         try:
             monitor = await Monitor.connect(address, deadline)
         except MonitorError as error:
-            raise await _why(process, log, blockdev, image) or error from error
-        monitor.peer = Peer(process.pid)  # 5.2 lets the kernel tell who made the socket, and that was us
+            raise await _ended_at_once(process, log, program) or error from error
+        monitor.peer = Peer(process.pid)  # of a pair of sockets the kernel tells who made it, and that was us
         async with monitor:
             yield monitor
     finally:
@@ -119,17 +157,20 @@ def _ending_with(parent: int) -> Callable[[], None]:
     return ask
 
 
-async def _why(
-    process: asyncio.subprocess.Process, log: Path, blockdev: str, image: str
-) -> ImageUnreadableError | None:
-    """Returns why the daemon ended, or None if it runs."""
+async def _ended_at_once(process: asyncio.subprocess.Process, log: Path, program: str) -> MonitorConnectError | None:
+    """Returns that the daemon ended, and what it said; or None if it runs."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(process.wait(), _DEATH_SECONDS)
     if process.returncode is None:
         return None
-    lines = _start_of(log).splitlines()
-    told = next((line for line in lines if line.strip()), f"it ended with {process.returncode}")
-    told = told.partition(blockdev)[2].removeprefix(": ") or told
+    told = next((line for line in _start_of(log).splitlines() if line.strip()), "it said nothing")
+    return MonitorConnectError(
+        f"it ended at once with {process.returncode}: {told}", where=program, remedy="See whether it runs by hand."
+    )
+
+
+def _unreadable(error: MonitorConnectError, blockdev: str, image: str) -> ImageUnreadableError:
+    told = error.what.partition(blockdev)[2].removeprefix(": ") or error.what
     remedy = "See whether the file can be read and has this format."
     if " lock" in told:
         remedy = "A QEMU has it open: export the disk from that QEMU, with --qmp."

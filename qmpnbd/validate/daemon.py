@@ -4,15 +4,12 @@ It is started once and given one image at a time, because starting it takes long
 
     qemu-storage-daemon ─ QMP ─ blockdev-add, block-export-add  ->  NBD  ->  block-export-del, blockdev-del
 
-It opens files for reading only. It ends with us, however we end: it is asked to, killed if it does not, and the kernel
-kills it if we are killed (``setpriv --pdeathsig``, where there is that program).
+It opens files for reading only.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from itertools import count
@@ -22,10 +19,8 @@ from qmpnbd.errors import (
     CommandFailedError,
     DeadlineError,
     ImageUnreadableError,
-    MonitorConnectError,
     MonitorLostError,
     QmpnbdError,
-    UsageError,
 )
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.exports import ExportOptions, add_export, remove_export
@@ -33,14 +28,11 @@ from qmpnbd.qmp.monitor import Monitor, finish
 from qmpnbd.qmp.naming import export_id
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.server import start_server
+from qmpnbd.qmp.storage_daemon import running_daemon
 from qmpnbd.validate.releases import generation_of
 from qmpnbd.validate.still_run import DaemonFacts
 
-PROGRAM = "qemu-storage-daemon"
-
 _START_SECONDS = 20.0
-_STOP_SECONDS = 5.0
-_POLL_SECONDS = 0.01
 
 
 class Daemon:
@@ -71,11 +63,8 @@ class Daemon:
         """
         async with AsyncExitStack() as stack:
             directory = stack.enter_context(RunDirectory.create(runtime_dir))
-            process = await _spawned(program, directory)
-            stack.push_async_callback(_end, process)
             deadline = Deadline(_START_SECONDS)
-            monitor = await _connected(process, directory, deadline)
-            stack.push_async_callback(monitor.close)
+            monitor = await stack.enter_async_context(running_daemon(directory, [], deadline, program))
             await start_server(monitor, directory, deadline)
             return cls(monitor, directory, stack.pop_all())
 
@@ -127,52 +116,6 @@ class Daemon:
             await add_export(self.monitor, node, export, deadline, ExportOptions(bitmaps=bitmaps))
             stack.push_async_callback(remove_export, self.monitor, export, deadline)
             yield NbdUri.unix(str(self._directory.socket_path), export)
-
-
-async def _spawned(program: str, directory: RunDirectory) -> asyncio.subprocess.Process:
-    found = shutil.which(program)
-    if found is None:
-        remedy = "Install it (Debian: qemu-system-common or qemu-utils), or name it with --storage-daemon."
-        raise UsageError(
-            "there is no such program, and images cannot be served without it", where=program, remedy=remedy
-        )
-    command = [found, "--chardev", f"socket,path={directory.path}/qmp,server=on,wait=off,id=qmp"]
-    command += ["--monitor", "chardev=qmp"]
-    if (setpriv := shutil.which("setpriv")) is not None:
-        command = [setpriv, "--pdeathsig", "KILL", *command]
-    with (directory.path / "log").open("wb") as log:
-        # A session of its own: Ctrl-C is for us, and taking down needs the daemon.
-        return await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-
-
-async def _connected(process: asyncio.subprocess.Process, directory: RunDirectory, deadline: Deadline) -> Monitor:
-    """Connects to a daemon that is just starting: nothing announces when it listens."""
-    path = directory.path / "qmp"
-    while True:
-        if process.returncode is not None:
-            words = (directory.path / "log").read_text(errors="replace").strip().splitlines()[-1:]
-            what = f"it ended at once with {process.returncode}: {''.join(words)}"
-            raise MonitorConnectError(what, where=PROGRAM, remedy="Name another one with --storage-daemon.")
-        if path.exists():
-            with contextlib.suppress(MonitorConnectError):
-                return await Monitor.connect(str(path), deadline)
-        deadline.check("the storage daemon to start", PROGRAM)
-        await asyncio.sleep(_POLL_SECONDS)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            async with asyncio.timeout(_STOP_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
 
 
 FATAL: tuple[type[QmpnbdError], ...] = (DeadlineError, MonitorLostError)

@@ -25,9 +25,10 @@ from functools import partial
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import QmpnbdError
 from qmpnbd.nbd.tls import Tls
+from qmpnbd.qmp.storage_daemon import PROGRAM
 from qmpnbd.report.model import DiskReport, ErrorEntry, ValidationReport
 from qmpnbd.validate.choice import Choice
-from qmpnbd.validate.daemon import FATAL, PROGRAM, Daemon
+from qmpnbd.validate.daemon import FATAL, Daemon
 from qmpnbd.validate.former import Former
 from qmpnbd.validate.live import in_thread
 from qmpnbd.validate.outcome import worst
