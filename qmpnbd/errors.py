@@ -39,6 +39,13 @@
     │   ├── NbdUnsupportedError      35  the server cannot do what is needed
     │   ├── NbdDisconnectedError     36  the server ended the connection
     │   └── NbdTlsError              37  no TLS, or the peer is not who it should be
+    ├── BackupError
+    │   ├── RepositoryBusyError      80  another run holds the repository
+    │   ├── RepositoryDamagedError   81  a manifest, image or hash file is missing, foreign, cut or rotten
+    │   ├── NoSuchBackupError        82  no backup of that name, or no repository
+    │   ├── TargetError              83  the target cannot be written: full, gone, too small
+    │   ├── TargetInUseError         84  the target exists, or somebody uses it
+    │   └── NotProvedError           85  what was read back is not what was written
     └── ImageError
         ├── ImageMissingError        40  no such file
         ├── ImageUnreadableError     41  not permitted, not a file, or an I/O error
@@ -409,3 +416,43 @@ class ImageChangedError(ImageError):
     """Somebody else changed the file while it was read."""
 
     exit_code = 48
+
+
+class BackupError(QmpnbdError):
+    """Something about copies, backups and where they are kept."""
+
+
+class RepositoryBusyError(BackupError):
+    """Another run holds the repository."""
+
+    exit_code = 80
+
+
+class RepositoryDamagedError(BackupError):
+    """Something in a repository is missing, foreign, cut or rotten: nothing that depends on it can be trusted."""
+
+    exit_code = 81
+
+
+class NoSuchBackupError(BackupError):
+    """There is no backup of that name, or no repository at all."""
+
+    exit_code = 82
+
+
+class TargetError(BackupError):
+    """The target of a copy cannot be written: it is full, gone, or too small."""
+
+    exit_code = 83
+
+
+class TargetInUseError(BackupError):
+    """The target of a copy exists, or somebody uses it."""
+
+    exit_code = 84
+
+
+class NotProvedError(BackupError):
+    """What was read back is not what was written."""
+
+    exit_code = 85

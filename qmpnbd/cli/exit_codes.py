@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 AGREED = CLEAN = 0
 DISCREPANCY = CORRUPT = 1
 INCOMPLETE = LEAKS = 3
+FELL_BACK = 4
+NOT_QUIESCED = 5
 UNREADABLE = 47
 HANGUP = 129
 INTERRUPTED = 130
@@ -25,6 +27,8 @@ _OTHERS = {
     DISCREPANCY: "validate: served and computed differ; info --can: no; check: corruptions or overlaps",
     INCOMPLETE: "validate: no discrepancy, but not everything could be judged; check: leaks, nothing worse; "
     "recover: runs of unknown state were left alone",
+    FELL_BACK: "backup: done and proved, but a disk is not the increment that was asked for; the report says why",
+    NOT_QUIESCED: "backup: done and proved, but the guest's filesystems were not at rest although that was asked for",
     UNREADABLE: "chain: some ranges cannot be read, and are shown as such",
     HANGUP: "ended by SIGHUP, everything taken down",
     INTERRUPTED: "ended by Ctrl-C (SIGINT), everything taken down",
