@@ -24,7 +24,7 @@ from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.survey import Survey
 from tests import fuzz_nbd_recorded
 from tests.hostile_nbd import BASE, DEPTH, To, acknowledged, honest_read, pattern, simple_read
-from tests.nbd_line import Line
+from tests.nbd_line import Line, hurried, stopped
 from tests.nbd_verdict import DOCUMENTED, DOCUMENTED_OF_HANDSHAKE, MOST, ODD, FindingError, Verdict
 from tests.option_bytes import ack, feed, info, meta, option_reply
 
@@ -166,7 +166,7 @@ def attack_empty(chance: random.Random) -> str:
         return [mutated(chance, said) if request.offset >> 32 in odd else said]
 
     try:
-        maps = Line(connection, tell, most=9 * MOST).run(Survey(export, "here").run(connection))
+        maps = Line(connection, tell, most=9 * MOST).run(Survey(export, "here", clock=hurried()).run(connection))
     except DOCUMENTED as error:
         return type(error).__name__
     _require(maps[DEPTH].size == size and (bool(odd) or len(maps[DEPTH]) == 1))
@@ -203,7 +203,7 @@ def _job(chance: random.Random, connection: Connection) -> tuple[str, Any, Calla
         return kind, call, lambda _, verdict, __: verdict.done()
     lenient = frozenset(Quirk) if chance.random() < 0.2 else frozenset[Quirk]()
     wanted = [BASE] if chance.random() < 0.2 else None
-    survey = Survey(export, "here", 0, SIZE, contexts=wanted, lenient=lenient)
+    survey = Survey(export, "here", 0, SIZE, contexts=wanted, lenient=lenient, clock=stopped)
     once = kind == "once"
 
     def judge_maps(maps: dict[str, ExtentMap], verdict: Verdict, _: bool) -> None:

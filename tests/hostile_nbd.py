@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -128,6 +129,7 @@ class Script:
         cut: close after so many bytes sent to a client.
         stall: fall silent after so many bytes sent to a client, until it closes its end.
         drip: send one byte at a time.
+        tls: what to encrypt with after STARTTLS; None for everything in clear. What is cut then is what is encrypted.
         extended: have extended headers.
         requests: what clients asked for in the transmission phase.
         payloads: what followed each of these.
@@ -150,6 +152,7 @@ class Script:
     cut: int | None = None
     stall: int | None = None
     drip: bool = False
+    tls: ssl.SSLContext | None = None
     extended: bool = False
     requests: list[RequestHeader] = field(default_factory=list)
     payloads: list[bytes] = field(default_factory=list)
@@ -181,6 +184,8 @@ class _Conversation:
         self._sock = sock
         self._sent = 0
         self._extended = False
+        self._tls: ssl.SSLObject | None = None
+        self._arrived, self._leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
 
     def serve(self) -> None:
         try:
@@ -197,7 +202,8 @@ class _Conversation:
 
     def _be_silent(self) -> None:
         """Waits for the client to leave."""
-        self._read(1 << 30)
+        while True:
+            self._receive(65536)
 
     def _haggle(self) -> None:
         option = 0
@@ -209,6 +215,18 @@ class _Conversation:
             if option == Option.ABORT:
                 self._be_silent()
             self._send(self._script.option(option, data))
+            if option == Option.STARTTLS and self._script.tls is not None:
+                self._encrypt(self._script.tls)
+
+    def _encrypt(self, context: ssl.SSLContext) -> None:
+        tls = context.wrap_bio(self._arrived, self._leaving, server_side=True)
+        while self._tls is None:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+                self._tls = tls
+            self._push(self._leaving.read())
+            if self._tls is None:
+                self._arrived.write(self._receive(65536))
 
     def _transmit(self) -> None:
         script = self._script
@@ -226,6 +244,12 @@ class _Conversation:
                 self._send(data)
 
     def _send(self, data: bytes) -> None:
+        if self._tls is not None:
+            self._tls.write(data)
+            data = self._leaving.read()
+        self._push(data)
+
+    def _push(self, data: bytes) -> None:
         script = self._script
         end = script.cut if script.stall is None else script.stall
         over = end is not None and self._sent + len(data) >= end
@@ -243,9 +267,18 @@ class _Conversation:
     def _read(self, count: int) -> bytes:
         data = b""
         while len(data) < count:
-            if not (more := self._sock.recv(min(count - len(data), 65536))):
-                raise ConnectionResetError
-            data += more
+            if self._tls is None:
+                data += self._receive(min(count - len(data), 65536))
+                continue
+            try:
+                data += self._tls.read(count - len(data))
+            except ssl.SSLWantReadError:
+                self._arrived.write(self._receive(65536))
+        return data
+
+    def _receive(self, count: int) -> bytes:
+        if not (data := self._sock.recv(count)):
+            raise ConnectionResetError
         return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -14,6 +15,16 @@ from qmpnbd.nbd.wire import Receive, Send
 
 _T = TypeVar("_T")
 Tell = Callable[[RequestHeader], Iterable[bytes]]
+
+
+def stopped() -> float:
+    """A clock on which nothing takes any time, so that block status is asked for one request at a time."""
+    return 0.0
+
+
+def hurried() -> Callable[[], float]:
+    """Makes a clock on which the server becomes ever quicker, so that as many requests are in flight as may be."""
+    return itertools.accumulate(1e40 * 0.9**count for count in itertools.count()).__next__
 
 
 class Line:

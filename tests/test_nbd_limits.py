@@ -148,7 +148,12 @@ def test_the_client_that_was_chosen_step_by_step_has_the_same_budget(
             extents_of(uri, Limits(extents=7))
 
 
-@pytest.mark.parametrize("name", ["extents", "short_replies", "extra_chunks", "option_replies", "memory"])
+@pytest.mark.parametrize("name", ["extents", "short_replies", "extra_chunks", "option_replies", "memory", "in_flight"])
 def test_less_than_nothing_is_no_limit(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name}=-1"):
         Limits(**{name: -1})
+
+
+def test_who_may_ask_nothing_learns_nothing() -> None:
+    with pytest.raises(UsageError, match="in_flight=0"):
+        Limits(in_flight=0)

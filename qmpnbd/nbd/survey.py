@@ -19,8 +19,9 @@ chunk for each context, no extent of no length, nothing but the last extent past
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 import numpy as np
@@ -32,6 +33,7 @@ from qmpnbd.nbd.constants import SECTOR, Command, CommandFlag, TransmissionFlag
 from qmpnbd.nbd.export import Export
 from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.messages import pack_status_filter
+from qmpnbd.nbd.pace import Pace
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.ranges import aligned_range, longest_effect
 from qmpnbd.nbd.requests import Batch, Due, Job, Request, Wait
@@ -62,6 +64,7 @@ class Survey:
         contexts: some of the metadata contexts that were agreed on; None for all of them.
         limits: what the server may make us do.
         lenient: which faults of the server to bear.
+        clock: what the server's pace is measured by, in seconds.
 
     Raises:
         UsageError: a range outside the export, no context, or one that was not agreed on.
@@ -77,6 +80,7 @@ class Survey:
         contexts: Collection[str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
         lenient: frozenset[Quirk] = frozenset(),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.names = _chosen(export, contexts, where)
         self._terms = Terms(where, export.size, lenient, limits.affordable_extents)
@@ -93,7 +97,7 @@ class Survey:
         self._empty = False
         self._volleys: dict[Request, EmptyVolley] = {}
         self._limits = limits
-        self._in_flight = limits.in_flight
+        self._pace = Pace(limits.in_flight, clock)
         self._most_short = min(limits.short_replies, _GRACE + export.size // SECTOR)
 
     def run(self, connection: Connection) -> Job[dict[str, ExtentMap]]:
@@ -112,6 +116,7 @@ class Survey:
             self._spans.extend(volley.spans())
         self._volleys.clear()
         self._again = deque(span for span in self._spans if not span.complete)
+        self._pace.restart()
         with connection.batch() as batch:
             while True:
                 if headers := self._requests(connection, batch):
@@ -126,6 +131,7 @@ class Survey:
                         volley = self._volleys.pop(request)
                         self._terms.spend(volley.count)
                         self._spans.extend(volley.spans())
+                        self._pace.restart()
                 if self._terms.error is not None:
                     raise self._terms.error
         self._spans.sort(key=lambda span: span.start)
@@ -162,6 +168,7 @@ class Survey:
             if self._short > self._most_short:
                 raise reply.nonsense(f"short reply number {self._short}", f"at most {self._most_short} for this size")
             self._again.append(span)
+        self._pace.answered(extents)
         covered = span.cursor - reply.offset
         ideal = covered * _LIKED_EXTENTS // extents
         self._empty = extents == 1
@@ -173,7 +180,7 @@ class Survey:
         while (volley := self._volley(connection, batch)) is not None:
             self._volleys[volley.request] = volley
             headers.append(volley.headers(connection.submit_volley(batch, volley)))
-        while len(batch.pending) < self._in_flight and (span := self._span()) is not None:
+        while len(batch.pending) < self._pace.in_flight and (span := self._span()) is not None:
             headers.append(self._request(connection, batch, span, 0))
         return b"".join(headers)
 
@@ -231,6 +238,7 @@ class Survey:
     def _reply(
         self, connection: Connection, span: Span, offset: int, expected: Mapping[str, int], *, one: bool = False
     ) -> Reply:
+        self._pace.asked()
         return Reply(self._terms, self._believed, connection, span, offset=offset, expected=expected, one=one)
 
     def _map(self, name: str) -> ExtentMap:

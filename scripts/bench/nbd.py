@@ -1,7 +1,7 @@
 """The NBD client against libnbd's tools: whole maps, their memory, and sequential reads.
 
-Run it as ``scripts/bench/nbd``; ``--only dense,empty,read`` for parts. All processes are timed from outside, start-up
-included; the servers are qemu-nbd over UNIX sockets.
+Run it as ``scripts/bench/nbd``; ``--only dense,empty,chain,far,read`` for parts. All processes are timed from outside,
+start-up included; the servers are qemu-nbd over UNIX sockets, and an nbdkit that takes its time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,16 @@ from qmpnbd.nbd.client import Client
 began = time.monotonic()
 with Client.connect(sys.argv[1], contexts=["qemu:allocation-depth"]) as client:
     client.maps()
+print("inside", time.monotonic() - began)
+"""
+MAP_LIMITED = """
+import sys, time
+import numpy
+from qmpnbd.nbd.client import Client
+from qmpnbd.nbd.limits import Limits
+began = time.monotonic()
+with Client.connect(sys.argv[1], contexts=[sys.argv[2]]) as client:
+    client.maps(limits=Limits(in_flight=int(sys.argv[3])))
 print("inside", time.monotonic() - began)
 """
 MAP_AIO = """
@@ -81,12 +91,19 @@ def served(image: Path, image_format: str, folder: Path) -> Iterator[str]:
     """Serves an image read-only; the URI."""
     path = folder / "socket"
     command = ["qemu-nbd", "-A", "-r", "-t", "-e", "0", "-f", image_format, "-k", str(path), str(image)]
+    with listening(command, path) as uri:
+        yield uri
+
+
+@contextmanager
+def listening(command: Sequence[str], path: Path) -> Iterator[str]:
+    """Runs a server that listens on a UNIX socket; the URI."""
     with subprocess.Popen(command) as server:
         try:
             deadline = time.monotonic() + 10
             while f"{path}\n" not in Path("/proc/net/unix").read_text():
                 if time.monotonic() > deadline:
-                    raise RuntimeError("qemu-nbd does not listen")
+                    raise RuntimeError(f"{command[0]} does not listen")
                 time.sleep(0.01)
             yield f"nbd+unix:///?socket={path}"
         finally:
@@ -129,6 +146,32 @@ def empty(folder: Path, rounds: int) -> None:
     maps("Depth map, empty: 256 TiB", image, folder, rounds)
 
 
+def in_flight(title: str, uri: str, context: str, rounds: int) -> None:
+    """Times maps with one request in flight and with as many as the client chooses."""
+    commands: dict[str, Sequence[str]] = {
+        f"`nbdinfo --map={context}`": ["nbdinfo", f"--map={context}", uri],
+        "`Client.maps()`, one request in flight": python(MAP_LIMITED, uri, context, "1"),
+        "`Client.maps()`": python(MAP_LIMITED, uri, context, "16"),
+    }
+    print(table(title, side_by_side(commands, rounds), next(iter(commands))), flush=True)
+
+
+def chain(folder: Path, rounds: int) -> None:
+    """A chain whose tables do not fit QEMU's caches: requests in flight wait for one another."""
+    command = [sys.executable, str(HERE / "chain.py"), "--make", "four", str(folder)]
+    image = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    with served(image, "qcow2", folder) as uri:
+        in_flight("Depth map, 1 TiB in four layers: 2.3 million extents", uri, DEPTH, rounds)
+
+
+def far(folder: Path, rounds: int) -> None:
+    """A server that takes 20 ms for each block status, and any number of them at a time."""
+    path = folder / "far"
+    command = ["nbdkit", "-f", "-U", str(path), "--filter=delay", "null", "900G", "delay-extents=20ms"]
+    with listening(command, path) as uri:
+        in_flight("Map, 900 GiB, 20 ms a reply", uri, "base:allocation", rounds)
+
+
 def read(folder: Path, rounds: int) -> None:
     """All data of a half-full raw disk; the page cache holds it."""
     image = folder / "half.raw"
@@ -151,7 +194,7 @@ def read(folder: Path, rounds: int) -> None:
     print(table(f"Sequential read, {READ_SIZE >> 30} GiB half full, one connection", results, "`nbdcopy URI null:`"))
 
 
-PARTS = {"dense": dense, "empty": empty, "read": read}
+PARTS = {"dense": dense, "empty": empty, "chain": chain, "far": far, "read": read}
 
 
 def main() -> None:

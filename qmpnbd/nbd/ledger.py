@@ -1,0 +1,121 @@
+"""Who asked for what: the requests of a connection by their cookies, until they are answered and a while longer.
+
+::
+
+                 add()                         find()                       finish()
+    request    ------------->  pending   <------------ chunk of cookie 1  ------------->  finished, and in its batch
+                                             |
+    many at once -> volleys  <---------------+  one of them whose answer is not the expected one becomes pending
+
+Those that are finished are remembered, because late chunks are real: with two metadata contexts, QEMU (5.2 to 10.0)
+answers a request that failed for the first context with an error chunk that says DONE, and goes on to send the chunk of
+the second one.
+"""
+
+from __future__ import annotations
+
+from qmpnbd.nbd import constants
+from qmpnbd.nbd.requests import NOWHERE, Batch, Request, Volley
+
+
+class Ledger:
+    """The requests of one connection.
+
+    Attributes:
+        pending: those whose answer is not complete, by cookie.
+        volleys: many at once, likewise.
+        made: how many there were.
+        answered: how many of them, or of many at once, got all of their answer.
+    """
+
+    def __init__(self) -> None:
+        self.pending: dict[int, Request] = {}
+        self.volleys: list[Volley] = []
+        self.made = 0
+        self.answered = 0
+        self._finished: dict[int, Request] = {}  # oldest first
+        self._last_cookie = 0  # counts up and never wraps in practice: no cookie is used twice
+
+    def cookie(self) -> int:
+        """Returns one that was never used."""
+        self._last_cookie += 1
+        return self._last_cookie
+
+    def add(self, request: Request) -> int:
+        """Books a request; returns its cookie."""
+        cookie = self.cookie()
+        self.made += 1
+        self.pending[cookie] = request.batch.pending[cookie] = request
+        return cookie
+
+    def add_volley(self, batch: Batch, volley: Volley) -> int:
+        """Books many requests at once; returns the first of their cookies."""
+        first = self._last_cookie + 1
+        self._last_cookie += volley.count
+        self.made += volley.count
+        self.volleys.append(volley)
+        batch.pending[first] = volley.request
+        return first
+
+    def find(self, cookie: int) -> Request | None:
+        """Returns the request that a message belongs to, perhaps one that is finished; None for an unknown cookie."""
+        return self.pending.get(cookie) or self._finished.get(cookie) or self._single(cookie)
+
+    def is_finished(self, cookie: int) -> bool:
+        """Whether nothing more should have come for a request."""
+        return cookie in self._finished
+
+    def take_volleys(self, arrived: memoryview) -> int:
+        """Books answers that are as expected all together; returns how many bytes they have."""
+        for volley in self.volleys:
+            if taken := volley.take(arrived):
+                self.answered += 1
+                if not volley.open:
+                    self._end_volley(volley)
+                return taken
+        return 0
+
+    def finish(self, cookie: int) -> None:
+        """Books that nothing more comes for a request, if that was not said before."""
+        request = self.pending.get(cookie)
+        if request is None:
+            return
+        request.sink.done(request)
+        self.answered += 1
+        del self.pending[cookie]
+        request.sink = NOWHERE
+        self._finished[cookie] = request
+        if len(self._finished) > constants.MAX_FINISHED_COOKIES:
+            del self._finished[next(iter(self._finished))]
+        batch = request.batch
+        if batch.pending.pop(cookie, None) is not None:
+            batch.finished.append(request)
+            if batch.wake is not None:
+                batch.wake()
+
+    def forget(self) -> None:
+        """Forgets what nobody will answer any more."""
+        self.pending.clear()
+        self.volleys.clear()
+
+    def _single(self, cookie: int) -> Request | None:
+        """Has one of many requests booked by itself, because its answer is not the expected one."""
+        for volley in self.volleys:
+            if volley.first <= cookie < volley.first + volley.count:
+                request = volley.single(cookie)
+                if request is not None:
+                    self.pending[cookie] = request
+                    if request.sink is not NOWHERE:
+                        request.batch.pending[cookie] = request
+                if not volley.open:
+                    self._end_volley(volley)
+                return request
+        return None
+
+    def _end_volley(self, volley: Volley) -> None:
+        self.volleys.remove(volley)
+        batch = volley.request.batch
+        if batch.pending.pop(volley.first, None) is not None:
+            batch.finished.append(volley.request)
+            if batch.wake is not None:
+                batch.wake()
