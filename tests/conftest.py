@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.judge import Judge, judge
 from tests.qemu_versions import INSTALLED, QemuBinaries, binaries_of
 from tests.servers import qemu_img, qemu_io, short_folder
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("qmpnbd", deadline=None)
+settings.load_profile("qmpnbd")
 
 
 @pytest.fixture
