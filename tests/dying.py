@@ -11,13 +11,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from qmpnbd.backup.instant import DepthReader
 from qmpnbd.deadline import Deadline
 from qmpnbd.nbd.uri import NbdUri
+from qmpnbd.qmp.checkpoint_at import NextCheckpoint, checkpoint_at
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.plan import Recipe
 from qmpnbd.qmp.planning import Wishes
@@ -27,6 +28,7 @@ from qmpnbd.qmp.rundir import RunDirectory
 from tests.instants import SIZE, UNIT, write_line
 
 RECOVER = "recover"
+CHAIN = "nightly"
 WRITTEN = f"write -P 238 {SIZE - UNIT} {UNIT}"
 ASKING = ("query-", "x-debug-query-", "qom-list", "qom-get")
 
@@ -80,22 +82,47 @@ async def hold_and_leave(monitor: Monitor, disks: list[str], recipe: Recipe, fol
                 await monitor.execute("human-monitor-command", {"command-line": line}, deadline=Deadline(20))
 
 
+async def hold_and_decide(monitor: Monitor, disks: list[str], recipe: Recipe, folder: Path, decision: str) -> None:
+    """Begins a checkpoint at a point in time, has the disks written to, and commits, aborts or leaves it."""
+    with RunDirectory.create(str(folder), for_peer=monitor.peer) as directory:
+        async with checkpoint_at(monitor, disks, directory, NextCheckpoint(CHAIN), Deadline(20)) as begun:
+            wishes, before = begun.wishes(wishes_for(recipe, folder)), begun.before(Deadline(20))
+            async with point_in_time(monitor, disks, directory, Deadline(20), wishes=wishes, before=before):
+                for number in range(len(disks)):
+                    line = write_line(number, WRITTEN)
+                    await monitor.execute("human-monitor-command", {"command-line": line}, deadline=Deadline(20))
+            await {"commit": begun.commit, "abort": begun.abort, "leave": begun.leave}[decision](Deadline(20))
+
+
 async def _die(address: str, folder: str, recipe: str, disks: str, after: int) -> None:
     async with await Counting.connect(address, Deadline(20)) as monitor:
         monitor.count, monitor.after = 0, after
         if recipe == RECOVER:
             await recover(monitor, folder, Deadline(20))
             return
-        await hold_and_leave(monitor, disks.split(","), Recipe(recipe), Path(folder))
+        name, _, decision = recipe.partition("/")
+        if decision:
+            await hold_and_decide(monitor, disks.split(","), Recipe(name), Path(folder), decision)
+        else:
+            await hold_and_leave(monitor, disks.split(","), Recipe(name), Path(folder))
 
 
 def main(address: str, folder: str, recipe: str, disks: str) -> None:
     """Dies as often as it is told to."""
+
+    def hold(after: int) -> int:
+        asyncio.run(_die(address, folder, recipe, disks, after))
+        return 0
+
+    forked(hold)
+
+
+def forked(work: Callable[[int], int]) -> None:
+    """Does `work` in a child of its own for every line, and tells how that one ended."""
     for line in sys.stdin:
         child = os.fork()
         if not child:
-            asyncio.run(_die(address, folder, recipe, disks, int(line)))
-            os._exit(0)
+            os._exit(work(int(line)))
         sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
         sys.stdout.flush()
 
@@ -108,23 +135,34 @@ class Mortal:
 
     def dies_after(self, command: int) -> bool:
         """Returns whether it died; False if it had fewer commands, and came to its end."""
+        code = self.ends_with(command)
+        assert code in (0, -signal.SIGKILL), code
+        return code != 0
+
+    def ends_with(self, command: int) -> int:
+        """Returns how it ended that was struck after a command."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         self._child.stdin.write(f"{command}\n")
         self._child.stdin.flush()
-        code = int(self._child.stdout.readline())
-        assert code in (0, -signal.SIGKILL), code
-        return code != 0
+        return int(self._child.stdout.readline())
 
 
 @contextmanager
 def mortal(address: Path, folder: Path, recipe: str, disks: list[str]) -> Iterator[Mortal]:
     """Runs the program."""
-    command = [sys.executable, "-m", "tests.dying", str(address), str(folder), str(recipe), ",".join(disks)]
+    with program("tests.dying", str(address), str(folder), str(recipe), ",".join(disks)) as child:
+        yield Mortal(child)
+
+
+@contextmanager
+def program(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Runs a module of the tests as a program."""
+    command = [sys.executable, "-m", module, *arguments]
     root = Path(__file__).parent.parent
     with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
-            yield Mortal(child)
+            yield child
         finally:
             child.communicate(timeout=30)
 

@@ -119,13 +119,29 @@ class Machine:
 
 @contextlib.contextmanager
 def machine(
-    binaries: QemuBinaries, folder: Path, *arguments: str, disks: int = 2, discard: str = "ignore", layers: int = 3
+    binaries: QemuBinaries,
+    folder: Path,
+    *arguments: str,
+    disks: int = 2,
+    discard: str = "ignore",
+    layers: int = 3,
+    device: str = "",
 ) -> Iterator[Machine]:
-    """Runs a machine whose processor stands still, with `disks` chains of `layers` qcow2 layers."""
+    """Runs a machine whose processor stands still, with `disks` chains of `layers` qcow2 layers.
+
+    Args:
+        binaries: which QEMU.
+        folder: for the images.
+        arguments: more for QEMU.
+        disks: how many.
+        discard: what the disks do with discards.
+        layers: of each chain.
+        device: more options of each device, with a comma before.
+    """
     images = tuple(build_chain(binaries, folder, f"d{number}", number, layers=layers) for number in range(disks))
     devices = []
     for number, image in enumerate(images):
         devices += ["-blockdev", blockdev(image, f"disk{number}", discard=discard)]
-        devices += ["-device", f"virtio-blk-pci,id=vd{number},drive=disk{number}"]
-    with binaries.qemu(*devices, *arguments) as server:
+        devices += ["-device", f"virtio-blk-pci,id=vd{number},drive=disk{number}{device}"]
+    with binaries.qemu(*arguments, *devices) as server:
         yield Machine(server, folder, images)

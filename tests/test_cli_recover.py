@@ -15,9 +15,11 @@ from qmpnbd.qmp.held import held_point_in_time
 from qmpnbd.qmp.plan import Recipe
 from tests.dying import mortal
 from tests.instants import Machine, machine
-from tests.qemu_versions import QemuBinaries
-from tests.servers import Side
+from tests.qemu_versions import QemuBinaries, each_qemu
+from tests.servers import Side, blockdev
 from tests.test_cli import qmpnbd
+from tests.test_export import running as exporting
+from tests.test_export import told as exported
 
 pytestmark = pytest.mark.real
 
@@ -78,10 +80,41 @@ def test_a_run_whose_directory_is_gone_is_taken_down_only_by_name(running: Machi
     assert f"recover --run {run['run']}" in qmpnbd("status", "--qmp", running.server.qmp).stdout
     left = told(running, "recover", code=3)
     assert (left["taken_down"], left["unknown"]) == ([], [run["run"]])
+    planned = told(running, "recover", "--run", run["run"], "--dry-run")
     done = told(running, "recover", "--run", run["run"])
-    assert done["taken_down"]
+    assert done["taken_down"] == planned["taken_down"]
+    assert done["taken_down"][-1]["what"] == f"NBD server at {directory}/nbd.sock"
     assert told(running, "status")["runs"] == []
-    assert told(running, "status")["nbd_server"], "QEMU does not tell whose it is, so it is left"
+    assert not told(running, "status")["nbd_server"]
+
+
+@each_qemu
+def test_a_server_is_known_by_its_socket_or_its_marker_when_the_directory_is_gone(
+    binaries: QemuBinaries, folder: Path
+) -> None:
+    """And not stopped if it is not known where clients would be, or if others have exports in it."""
+    disk = folder / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    with binaries.qemu("-blockdev", blockdev(disk, "n", "raw")) as server:
+        recover = ("recover", "--qmp", server.qmp, "--runtime-dir", folder, "--json")
+        for port, foreign in (("", False), ("", True), ("127.0.0.1:0", False)):
+            options = ["--listen", port, "--insecure"] if port else []
+            with exporting("--qmp", server.qmp, "--runtime-dir", folder, "--disk", "n", *options, "--json") as child:
+                exported(child)
+                child.kill()
+            (directory,) = folder.glob("qmpnbd-????????")
+            shutil.rmtree(directory)
+            if foreign:
+                server.side("block-export-add", type="nbd", id="theirs", node_name="n", name="theirs")
+            run = directory.name.removeprefix("qmpnbd-")
+            stays = foreign or (bool(port) and (7, 0) <= binaries.version < (10, 0))
+            qmpnbd(*recover, "--run", run, code=16 if stays and not foreign else 0)
+            assert server.nbd_server_runs() == stays
+            assert server.exports() == (["theirs"] if foreign else [])
+            if stays:
+                server.side("nbd-server-stop")
+                qmpnbd(*recover, "--run", run)
+            assert not [each for each in server.side("qom-list", path="/objects") if each["name"].startswith("qmpnbd")]
 
 
 def test_a_run_that_lives_is_left_alone(running: Machine) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,11 @@ from qmpnbd.errors import (
     UnsafeOperationError,
     UsageError,
 )
-from qmpnbd.export import blocking
+from qmpnbd.export import blocking, hazards
 from qmpnbd.export.session import Image, Options, Scene, Source, Sources, exporting
 from qmpnbd.nbd.client import Client
 from qmpnbd.qmp.address import TcpAddress
+from qmpnbd.qmp.capabilities import ALLOCATION_AFTER_DEPTH
 from qmpnbd.qmp.credentials import ServerTls
 from qmpnbd.qmp.exports import ExportOptions
 from qmpnbd.qmp.monitor import Monitor
@@ -345,8 +347,32 @@ def test_a_guest_in_an_iothread_is_refused_where_qemu_is_known_to_abort(disk: Pa
         if installed().version[0] in (7, 8):
             with pytest.raises(UnsafeOperationError, match="--allow-iothread"), blocking.exporting(str(server.qmp)):
                 pass
-        with blocking.exporting(str(server.qmp), ["vd0"], Options(allow_iothread=True)) as session:
-            assert len(session.exports) == 1
+        for options in (Options(allow_iothread=True), Options(allow=["iothread"])):
+            with blocking.exporting(str(server.qmp), ["vd0"], options) as session:
+                assert len(session.exports) == 1
+        allowed: list[str | Path] = ["export", "--qmp", server.qmp, "--allow", "iothread", "--exec", "true"]
+        qmpnbd(*allowed)
+        assert "snapshot-access" in qmpnbd("export", "--qmp", server.qmp, "--allow", "nothing", code=2).stderr
+
+
+def test_both_contexts_of_a_raw_file_are_refused_where_they_spoil_each_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hazards, "ALLOCATION_AFTER_DEPTH", replace(ALLOCATION_AFTER_DEPTH, first=(5, 0), fixed=(99, 0)))
+    disk = folder / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    with storage_daemon("--blockdev", blockdev(disk, "n", "raw", read_only=True)) as server:
+        with (
+            pytest.raises(UnsafeOperationError, match="--allow allocation-after-depth"),
+            blocking.exporting(str(server.qmp), ["n"]),
+        ):
+            pytest.fail("it is refused")
+        for options in (
+            Options(allow=["allocation-after-depth"]),
+            Options(export=ExportOptions(allocation_depth=False)),
+        ):
+            with blocking.exporting(str(server.qmp), ["n"], options) as session:
+                assert len(session.exports) == 1
 
 
 @each_qemu

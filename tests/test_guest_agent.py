@@ -21,6 +21,7 @@ from qmpnbd.qmp.agent_journal import AgentJournal
 from qmpnbd.qmp.quiesce import at_rest, thaw_leftovers
 from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.servers import Server, blockdev, qemu_img, wait_until
+from tests.test_cli import document, qmpnbd
 from tests.test_export import running as exporting
 from tests.test_export import told
 from tests.test_vm_images import PACKAGES, ROOT, guest
@@ -153,6 +154,33 @@ def test_a_guest_is_frozen_and_thawed(binaries: QemuBinaries, folder: Path) -> N
         running.server.side("cont")
         running.goes_on()
         asyncio.run(frozen_for_a_while())
+
+
+@pytest.mark.timeout(240)
+def test_recover_thaws_the_guest_that_a_killed_run_left_frozen(
+    binaries: QemuBinaries, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
+    journal = folder / "state/qmpnbd/agent"
+    with machine(binaries, folder) as running:
+        recover = ("recover", "--qmp", running.server.qmp, "--runtime-dir", folder, "--json")
+        assert document(qmpnbd(*recover).stdout)["thawed"] == []
+        command = [sys.executable, "-c", KILLED, running.agent, str(journal)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"frozen\n"
+            assert document(qmpnbd(*recover).stdout)["thawed"] == [], "its run lives"
+            child.send_signal(signal.SIGKILL)
+        assert document(qmpnbd(*recover, "--dry-run").stdout)["thawed"] == [running.agent]
+        running.server.side("stop")
+        paused = qmpnbd(*recover, code=16)
+        assert "may still be frozen" in paused.stdout
+        assert "the guest is paused" in paused.stderr
+        running.server.side("cont")
+        assert document(qmpnbd(*recover).stdout)["thawed"] == [running.agent]
+        running.goes_on()
+        assert document(qmpnbd(*recover).stdout)["thawed"] == []
+        assert list(journal.iterdir()) == []
 
 
 @pytest.mark.timeout(240)

@@ -21,7 +21,16 @@ DOORS |= {"qmp.monitor", "qmp.inventory", "qmp.exports", "qmp.bitmaps", "qmp.rec
 DOORS |= {"qmp.checkpoints", "qmp.populate", "qmp.agent", "qmp.agent_journal", "qmp.quiesce"}
 DOORS |= {"qmp.teardown", "qmp.process", "qmp.rundir", "qmp.server", "qmp.listeners", "qmp.credentials"}
 DOORS |= {"qmp.storage_daemon"}
-DOORS |= {"qmp.planning", "qmp.pointintime", "qmp.held", "qmp.scratch", "qmp.jobs", "qmp.undoing"}
+DOORS |= {
+    "qmp.planning",
+    "qmp.pointintime",
+    "qmp.held",
+    "qmp.scratch",
+    "qmp.jobs",
+    "qmp.undoing",
+    "qmp.checkpoint_at",
+    "qmp.rehearsal",
+}
 DOORS |= {"images.files", "images.layers", "images.hostfile", "images.qcow2_file"}
 DOORS |= {"images.qcow2_source", "images.qcow2_metadata", "images.tabled_source", "images.check_file", "images.content"}
 DOORS |= {"images.block_source", "images.members"}

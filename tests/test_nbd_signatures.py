@@ -11,7 +11,7 @@ from qmpnbd.nbd import aio, aio_stepwise, client, stepwise
 
 PAIRS = [(client.Client, aio.Client), (stepwise.Negotiation, aio_stepwise.Negotiation)]
 both_pairs = pytest.mark.parametrize(("blocking", "awaited"), PAIRS, ids=["Client", "Negotiation"])
-AT_ONCE = {"agreed"}
+AT_ONCE = {"agreed", "duplicate"}
 """What waits for nothing, so that nobody needs to await it."""
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from qmpnbd.backup.instant import DepthReader
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import InterferenceError, NoSuchDiskError
+from qmpnbd.errors import InterferenceError, NoSuchDiskError, UnsafeOperationError
 from qmpnbd.images.files import open_chain
 from qmpnbd.nbd.aio import Client
 from qmpnbd.nbd.client import Client as BlockingClient
@@ -109,6 +109,35 @@ def test_content_and_depth_are_those_of_the_instant(
         assert [each.content for each in after] != [each.content for each in truth], "nothing was written meanwhile"
         assert running.state() == before
         assert all(bool(depth.presumed.totals().get(1)) == (recipe is not Recipe.SNAPSHOT) for _, depth in found)
+
+
+@each_qemu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_disks_in_an_iothread_are_as_they_were(binaries: QemuBinaries, recipe: Recipe, folder: Path) -> None:
+    """On a QEMU that would abort when a client leaves, they are refused by name."""
+    in_thread = ("-object", "iothread,id=io")
+    with machine(binaries, folder, *in_thread, device=",iothread=io") as running:
+        before = running.state()
+        truth: list[Truth] = []
+        found: list[tuple[bytes, InstantDepth]] = []
+
+        async def body(point: PointInTime, server: NbdUri, reader: DepthReader) -> None:
+            assert point.statement.recipe is expected(recipe, binaries)
+            for number in range(2):
+                running.write(number, *commands(200 + number, 25))
+            for offer in point.offers:
+                found.append((await content_of(server, offer), await reader.at_instant(offer)))
+
+        work = hold(running, wishes_for(recipe, folder), lambda: truth.extend(running.truth()), body)
+        if (7, 0) <= binaries.version < (9, 0):
+            with pytest.raises(UnsafeOperationError, match="--allow iothread"):
+                asyncio.run(work)
+        else:
+            asyncio.run(work)
+            assert [content for content, _ in found] == [known.content for known in truth]
+            assert [depth.depth for _, depth in found] == [known.depth for known in truth]
+            assert [each.content for each in running.truth()] != [each.content for each in truth]
+        assert running.state() == before
 
 
 @each_qemu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -25,9 +26,12 @@ from qmpnbd.errors import (
     ScratchError,
     UsageError,
 )
+from qmpnbd.export import blocking
+from qmpnbd.export.session import Options
 from qmpnbd.nbd.aio import Client
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp import pointintime, scratch, teardown
+from qmpnbd.qmp.checkpoint_at import NextCheckpoint
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.plan import Recipe
 from qmpnbd.qmp.planning import Wishes, plan_point_in_time
@@ -153,6 +157,90 @@ def test_scratch_space_that_runs_out_ends_the_point_in_time_before_the_guest_is_
             held(running, replace(wishes_for(recipe, folder), scratch_bytes=8 << 20), body)
         assert running.state() == before
         assert running.truth()[1].content == bytes([9]) * SIZE
+
+
+@each_qemu
+@pytest.mark.parametrize("recipe", [Recipe.BACKUP, Recipe.COPY_BEFORE_WRITE])
+def test_a_caller_that_cannot_be_interrupted_hears_of_it_in_the_end(
+    binaries: QemuBinaries, recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocking twin: the exports end at once, and what was read is not taken for good; nor is a checkpoint."""
+    monkeypatch.setattr(scratch, "LEAST_BYTES", 1 << 20)
+    with machine(binaries, folder) as running:
+        running.write(1, f"write -P 1 0 {SIZE}")
+        before = running.state()
+        wishes = replace(wishes_for(recipe, folder), scratch_bytes=8 << 20)
+        choice = Options(instant=wishes, checkpoint=NextCheckpoint("nightly"), runtime_dir=str(folder))
+
+        def copy() -> None:
+            with blocking.exporting(str(running.server.qmp), running.disks, choice) as session:
+                running.write(1, f"write -P 9 0 {SIZE}")
+                wait_until(lambda: not running.server.exports(), "the exports to end")
+                session.commit(SOON)
+
+        with pytest.raises(ScratchError, match=r"disk vd1.*before the guest was hurt"):
+            copy()
+        assert running.state() == before
+
+
+@each_qemu
+@pytest.mark.parametrize("recipe", list(Recipe))
+def test_a_job_that_starts_meanwhile_does_no_harm(binaries: QemuBinaries, recipe: Recipe, folder: Path) -> None:
+    """QEMU refuses it, or it runs: what is read is of the instant, the guest's writes are there, nothing is left."""
+    with machine(binaries, folder) as running:
+        before = running.state()
+        truth = running.truth()
+        starts: list[tuple[str, dict[str, object]]] = [
+            ("blockdev-mirror", {"target": "theirs", "sync": "full"}),
+            ("blockdev-backup", {"target": "theirs", "sync": "full"}),
+        ]
+        if recipe is Recipe.BACKUP:
+            starts.append(("block-stream", {}))
+
+        async def body(point: PointInTime, directory: RunDirectory) -> None:
+            drive = running.server.side("query-block")[0]["inserted"]["node-name"]
+            running.server.side("blockdev-add", node_name="theirs", driver="null-co", size=SIZE)
+            for command, arguments in starts:
+                with contextlib.suppress(AssertionError):
+                    running.server.side(command, job_id="theirs", device=drive, **arguments)
+                    wait_until(lambda: _status(running, "theirs") in ("ready", ""), "their job")
+                running.write(0, f"write -P 5 0 {UNIT}")
+                if _status(running, "theirs"):
+                    running.server.side("job-cancel", id="theirs")
+                    wait_until(lambda: not _status(running, "theirs"), "the end of their job")
+            running.server.side("blockdev-del", node_name="theirs")
+            for offer, known in zip(point.offers, truth, strict=True):
+                uri = NbdUri.unix(str(directory.socket_path), offer.export)
+                async with await Client.connect(uri) as client:
+                    assert bytes(await client.read(0, SIZE)) == known.content
+
+        held(running, wishes_for(recipe, folder), body)
+        assert running.truth()[0].content == bytes([5]) * UNIT + truth[0].content[UNIT:]
+        assert running.state() == before
+
+
+@each_qemu
+@pytest.mark.parametrize("recipe", [Recipe.COPY_BEFORE_WRITE, Recipe.SNAPSHOT])
+def test_a_stream_into_what_is_ours_is_told_and_does_not_hurt_the_guest(
+    binaries: QemuBinaries, recipe: Recipe, folder: Path
+) -> None:
+    """It makes the overlay the disk; on a filter it is refused, and QEMU 10.0 does not let go of that any more."""
+    if expected(recipe, binaries) is not recipe:
+        pytest.skip("this QEMU has no such recipe")
+    with machine(binaries, folder) as running:
+
+        async def body(_point: PointInTime, _directory: RunDirectory) -> None:
+            drive = running.server.side("query-block")[0]["inserted"]["node-name"]
+            with contextlib.suppress(AssertionError):
+                running.server.side("block-stream", job_id="theirs", device=drive)
+            wait_until(lambda: not _status(running, "theirs"), "their job")
+
+        with pytest.raises(LeftBehindError, match="in use"):
+            held(running, wishes_for(recipe, folder), body)
+        running.write(0, f"write -P 5 0 {UNIT}", f"read -P 5 0 {UNIT}")
+        assert list(folder.glob("qmpnbd-*-[os]0.qcow2")), "what the guest stands on is not removed"
+        assert recovered(running).left
+        assert list(folder.glob("qmpnbd-*-[os]0.qcow2"))
 
 
 def test_too_little_room_is_told_before_anything_is_done(binaries: QemuBinaries, folder: Path) -> None:

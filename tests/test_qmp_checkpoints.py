@@ -14,7 +14,7 @@ import pytest
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import BitmapError, CommandFailedError, DeadlineError, MonitorLostError, QmpnbdError, UsageError
 from qmpnbd.qmp import checkpoints as module
-from qmpnbd.qmp.bitmaps import transact
+from qmpnbd.qmp.bitmaps import REMEDIES, transact
 from qmpnbd.qmp.checkpoint_plan import Operation
 from qmpnbd.qmp.checkpoint_state import DiskCheckpoints
 from qmpnbd.qmp.checkpoints import Change, Changed, change_checkpoints, list_checkpoints, plan_change, read_checkpoints
@@ -214,6 +214,61 @@ def test_after_a_crash_the_disk_is_told_and_begins_anew(binaries: QemuBinaries, 
         assert states(server, "weekly")["vd0"].state == "inconsistent"
         change(server, "remove", "weekly")
         assert {name for name, each in bitmaps_of(server, "a").items() if each.get("inconsistent")} == set()
+
+
+def bitmap(verb: str, node: str, name: str, **more: object) -> dict[str, object]:
+    return {"type": f"block-dirty-bitmap-{verb}", "data": {"node": node, "name": name, **more}}
+
+
+@each_qemu
+def test_every_refusal_of_a_bitmap_has_a_remedy(binaries: QemuBinaries, disks: list[str], folder: Path) -> None:
+    with binaries.qemu(*disks) as server:
+        server.side("block-dirty-bitmap-add", node="a", name="lost", persistent=True)
+        server.side("quit")
+        wait_until(lambda: _dead(server.pid), "the end of QEMU")
+    with binaries.qemu(*disks) as server:
+        server.side("cont")
+        Writer(server, "vd0").write(MIB, 512)
+        os.kill(server.pid, signal.SIGKILL)
+        wait_until(lambda: _dead(server.pid), "the end of QEMU")
+    refused: dict[tuple[str, ...], str] = {}
+    with binaries.qemu(*disks) as server:
+        for name in ("kept", "read"):
+            server.side("block-dirty-bitmap-add", node="a", name=name, persistent=name == "kept", disabled=True)
+        server.side("nbd-server-start", addr={"type": "unix", "data": {"path": str(server.folder / "nbd")}})
+        server.side("block-export-add", type="nbd", id="x", node_name="a", bitmaps=["read"])
+
+        async def refuse(*actions: dict[str, object]) -> None:
+            deadline = Deadline(20)
+            async with await Monitor.connect(str(server.qmp), deadline) as monitor:
+                for action in actions:
+                    with pytest.raises(CommandFailedError) as caught:
+                        await transact(monitor, [action], deadline)
+                    (words,) = [words for words, remedy in REMEDIES if remedy == caught.value.remedy]
+                    refused[words] = caught.value.description
+
+        actions = [
+            bitmap("remove", "a", "read"),
+            bitmap("enable", "a", "lost"),
+            bitmap("add", "a", "kept"),
+            bitmap("add", "b", "new", persistent=True),
+            bitmap("remove", "a", "missing"),
+            bitmap("remove", "nowhere", "kept"),
+        ]
+        asyncio.run(refuse(*actions))
+        server.side("block-export-del", id="x", mode="hard")
+        server.side("block-dirty-bitmap-remove", node="a", name="lost")
+        server.side(
+            "blockdev-snapshot-sync", node_name="a", snapshot_file=str(folder / "over"), snapshot_node_name="over"
+        )
+        asyncio.run(refuse(bitmap("remove", "a", "kept")))
+    assert sorted(refused) == sorted(words for words, _ in REMEDIES), refused
+
+
+def test_the_documentation_lists_every_refusal_of_a_bitmap() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "controller.md").read_text()
+    for words, remedy in REMEDIES:
+        assert f"| … {' … or … '.join(words)} … | {remedy} |" in text
 
 
 def test_a_bitmap_that_was_lost_and_made_anew_has_another_name(server: Server) -> None:

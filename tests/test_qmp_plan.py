@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -91,13 +92,19 @@ def test_a_plan_is_json(recipe: Recipe) -> None:
 
 
 def test_the_recipe_is_chosen_by_what_qemu_can_do() -> None:
-    def chosen(release: tuple[int, int], **wishes: bool) -> Recipe:
-        return choose_recipe(release, DISKS, **{"protect_guest": False, "exact_chain": False, **wishes})[0]
+    def chosen(
+        release: tuple[int, int], *, protect_guest: bool = False, exact_chain: bool = False, allow: Sequence[str] = ()
+    ) -> Recipe:
+        return choose_recipe(release, DISKS, protect_guest=protect_guest, exact_chain=exact_chain, allow=allow)[0]
 
     assert {chosen(release) for release in ((5, 2), (7, 2), (10, 0))} == {Recipe.BACKUP}
     assert chosen((8, 0), protect_guest=True) is Recipe.COPY_BEFORE_WRITE
     assert chosen((7, 2), protect_guest=True) is Recipe.BACKUP
     assert chosen((5, 2), exact_chain=True) is Recipe.SNAPSHOT
+    risk = ["snapshot-access"]
+    assert chosen((7, 0), protect_guest=True, allow=risk) is Recipe.BACKUP
+    assert chosen((7, 1), protect_guest=True, allow=risk) is Recipe.COPY_BEFORE_WRITE
+    assert "corrupt" in choose_recipe((7, 2), DISKS, protect_guest=True, exact_chain=False, allow=risk)[1]
     free = [PlannedDisk("node", "", "node", 1, 512)]
     assert choose_recipe((10, 0), free, protect_guest=True, exact_chain=False)[0] is Recipe.BACKUP
 

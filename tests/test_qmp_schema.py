@@ -12,10 +12,11 @@ from typing import Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
+from qmpnbd.cli import options
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CapabilityError, UnsafeOperationError
 from qmpnbd.qmp import models
-from qmpnbd.qmp.capabilities import HAZARDS, RULES, Abilities, Capability, Hazard, abilities_of, hazards_of
+from qmpnbd.qmp.capabilities import HAZARDS, OVERRIDABLE, RULES, Abilities, Capability, Hazard, abilities_of, hazards_of
 from qmpnbd.qmp.commands import TOLD_BY, what_tells
 from qmpnbd.qmp.models import EVENTS, SchemaInfo, VersionInfo, parse_reply
 from qmpnbd.qmp.monitor import Monitor
@@ -212,6 +213,11 @@ def test_a_hazard_is_refused_where_it_applies_and_nowhere_else(hazard: Hazard) -
     with pytest.raises(UnsafeOperationError, match=r"^here: this, and QEMU \d+\.\d+\.3 ") as caught:
         hazard.refuse(version(*hazard.first), "this", where="here")
     assert caught.value.remedy
+    hazard.refuse(version(*hazard.first), "this", where="here", allowed=[hazard.name])
+
+
+def test_what_can_be_allowed_is_what_the_command_line_takes() -> None:
+    assert OVERRIDABLE == options.HAZARDS
 
 
 def test_what_a_qemu_cannot_do_is_refused_with_the_release_that_can() -> None:

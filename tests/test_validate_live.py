@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qmpnbd.errors import (
     ImageCorruptError,
     InterferenceError,
     NbdError,
+    NbdProtocolError,
     QmpnbdError,
     UsageError,
 )
@@ -265,6 +267,38 @@ def test_exports_go_before_their_clients_after_an_error(
     with reading(monkeypatch, fail), pytest.raises(UsageError):
         validate(str(daemon.qmp), ["top"])
     assert closings == ["export", "client"]
+
+
+def test_exports_go_before_their_clients_after_a_breach_of_the_protocol(
+    daemon: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client closes at once then; QEMU must not see it before the export is gone."""
+    execute = Monitor.execute
+    socket_path: list[str] = []
+    connected: list[int] = []
+
+    def count() -> None:
+        connected.append(0)
+        for each in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(each.name))) as mine:
+                connected[-1] += mine.getpeername() == socket_path[0]
+
+    async def executing(monitor: Monitor, command: str, *arguments: object, deadline: Deadline) -> object:
+        if command == "block-export-del":
+            count()
+        return await execute(monitor, command, *arguments, deadline=deadline)  # type: ignore[arg-type]
+
+    async def broken(client: Client, **_: object) -> None:
+        socket_path.append(str(client.where).partition("socket=")[2])
+        error = NbdProtocolError("by the test", where=client.where)
+        client._runner._fail(error)
+        raise error
+
+    monkeypatch.setattr(Client, "maps", broken)
+    monkeypatch.setattr(Monitor, "execute", executing)
+    with pytest.raises(NbdProtocolError, match="by the test"):
+        validate(str(daemon.qmp), ["top"])
+    assert connected == [1]
 
 
 def test_one_disk_named_three_ways_is_one_disk(copies: Path) -> None:

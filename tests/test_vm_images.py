@@ -241,11 +241,36 @@ class TestGuest:
         for place, number in latest.items():
             assert content[place : place + 4096] == f"qmpnbd record {number} at {place}".ljust(4095).encode() + b"\n"
 
-    def wait(self, console: Path, at_least: int) -> str:
+    def test_stamps_what_it_writes_to_all_disks(self, tmp_path: Path) -> None:
+        linux = guest.build(PACKAGES, ROOT / ".work/guest")
+        console = tmp_path / "console"
+        disks = []
+        for name in ("one", "two"):
+            (tmp_path / name).write_bytes(bytes(16 << 20))
+            disks += ["-drive", f"if=virtio,format=raw,file={tmp_path / name}"]
+        words = f"{linux.append} printk.devkmsg=on qmpnbd.places=0 qmpnbd.write=stamped"
+        command = ["qemu-system-x86_64", "-accel", "tcg", "-m", "192", "-nodefaults", "-display", "none", *disks]
+        command += ["-kernel", str(linux.kernel), "-initrd", str(linux.initramfs), "-append", words]
+        qemu = subprocess.Popen([*command, "-serial", f"file:{console}"])
+        try:
+            said = self.wait(console, at_least=10, of="wrote ")
+        finally:
+            qemu.kill()
+            qemu.wait()
+        found = re.findall(r"\[ *(\d+\.\d{6})\] qmpnbd-guest: wrote (\d+)", said)
+        assert [int(number) for _, number in found] == list(range(2, 2 + len(found)))  # the first one was at its place
+        stamps = [float(stamp) for stamp, _ in found]
+        assert stamps == sorted(stamps)
+        for number in range(2, 10):
+            place = guest.pair_place(number, 16 << 20)
+            record = (tmp_path / ("one", "two")[number % 2]).read_bytes()[place : place + 4096]
+            assert re.fullmatch(rb"qmpnbd record %d at %d after \d+\.\d\d *\n" % (number, place), record)
+
+    def wait(self, console: Path, at_least: int, of: str = "record ") -> str:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             said = console.read_text(errors="replace") if console.exists() else ""
-            if guest.READY in said and said.count("record ") >= at_least:
+            if guest.READY in said and said.count(of) >= at_least:
                 return said[: said.rindex("\n") + 1]
             time.sleep(0.05)
         pytest.fail("the guest was not ready in time")

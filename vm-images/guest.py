@@ -29,6 +29,9 @@ Words on the kernel command line:
 ``qmpnbd.write=pairs``
     After ``ready``, go on writing records, each first to ``/dev/vda`` and then to ``/dev/vdb``, at the same place (see
     ``pair_place``). They are not reported: at any moment the second disk has as many as the first one, or one less.
+``qmpnbd.write=stamped``
+    After ``ready``, go on writing records to all disks by turns, with the seconds since the guest's start in each, and
+    say ``qmpnbd-guest: wrote N`` through the kernel's log, which stamps it to the microsecond (``printk.devkmsg=on``).
 ``qmpnbd.write=hard``
     After ``ready``, go on writing as fast as the disk takes it: 8 MiB in a row, records, and discards of 4 MiB, by
     turns and at places that jump about.
@@ -139,6 +142,19 @@ if [ "$write" = pairs ]; then
         number=$((number + 1))
         place=$(((number * @STRIDE@ + 12345) % blocks * 4096))
         put $place vda && put $place vdb || echo "qmpnbd-guest: pair $number at $place failed"
+    done
+fi
+if [ "$write" = stamped ]; then
+    blocks=$((sectors / 8))
+    while :; do
+        for disk in /dev/vd?; do
+            number=$((number + 1))
+            read -r up idle < /proc/uptime
+            place=$(((number * @STRIDE@ + 12345) % blocks * 4096))
+            printf '%-4095s\\n' "qmpnbd record $number at $place after $up" |
+                dd of=$disk bs=4096 seek=$place oflag=seek_bytes,direct conv=notrunc 2> /dev/null &&
+                echo "<2>qmpnbd-guest: wrote $number" > /dev/kmsg
+        done
     done
 fi
 if [ "$write" = hard ]; then

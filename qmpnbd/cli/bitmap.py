@@ -70,7 +70,7 @@ def _populate(arguments: argparse.Namespace) -> int:
         seconds=arguments.timeout,
         nbd=arguments.nbd,
         runtime_dir=arguments.runtime_dir,
-        allow_iothread=arguments.allow_iothread,
+        allow_iothread=options.IOTHREAD in options.allowed(arguments),
     )
     document = populate_document(signals.run(populate_bitmap(arguments.qmp, filling)))
     output.write([document_json(document) if arguments.json else populate_text(document)])

@@ -12,6 +12,7 @@ from qmpnbd.errors import LeftBehindError, UsageError
 if TYPE_CHECKING:
     from qmpnbd.export.session import Image, Options, Session
     from qmpnbd.qmp.address import MonitorAddress, TcpAddress
+    from qmpnbd.qmp.checkpoint_at import NextCheckpoint
     from qmpnbd.qmp.planning import Wishes
     from qmpnbd.report.model import ExportDocument
 
@@ -125,12 +126,23 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="the guest agent's socket: the guest's filesystems are frozen for the instant, if they can be",
     )
+    _add_checkpoint(parser)
     instant.add_argument("--dry-run", action="store_true", help="print its QMP commands, send none")
-    server.add_argument(
-        "--allow-iothread",
-        action="store_true",
-        help="work on disks in an iothread although QEMU 7.x and 8.x may abort when an NBD client is lost",
+    options.add_allow(server, options.HAZARDS)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    checkpoint = parser.add_argument_group(
+        "checkpoint",
+        "begun at that instant: what was recorded until then is exported as dirty bitmaps, and is the increment. With "
+        "--exec it is committed if the command ends with 0, and merged back if not; else it is left to `qmpnbd "
+        "checkpoint commit` or `abort`",
     )
+    checkpoint.add_argument("--checkpoint", metavar="CHAIN", help="begin the next checkpoint of this chain of backups")
+    checkpoint.add_argument(
+        "--since", type=options.whole, metavar="N", help="count increments from this checkpoint (default: the newest)"
+    )
+    checkpoint.add_argument("--keep", action="store_true", help="keep older checkpoints, undecided ones among them")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -188,7 +200,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         insecure=arguments.insecure,
         nbd=arguments.nbd,
         runtime_dir=arguments.runtime_dir,
-        allow_iothread=arguments.allow_iothread,
+        allow=options.allowed(arguments),
         export=ExportOptions(
             bitmaps=tuple(arguments.bitmap),
             description=arguments.description,
@@ -197,16 +209,28 @@ def _options(arguments: argparse.Namespace) -> Options:
             allocation_depth=instant is None or instant.exact_chain,
         ),
         instant=instant,
+        checkpoint=_checkpoint(arguments),
         agent=arguments.agent,
-        journal=_journal(),
+        journal=options.agent_journal(),
     )
+
+
+def _checkpoint(arguments: argparse.Namespace) -> NextCheckpoint | None:
+    from qmpnbd.qmp.checkpoint_at import NextCheckpoint
+
+    if arguments.checkpoint is None:
+        for option in ("since", "keep"):
+            if getattr(arguments, option):
+                raise UsageError("only with --checkpoint", where=f"--{option}", remedy="Leave it out, or give both.")
+        return None
+    return NextCheckpoint(arguments.checkpoint, since=arguments.since, keep=arguments.keep)
 
 
 def _instant(arguments: argparse.Namespace) -> Wishes | None:
     from qmpnbd.qmp.planning import Wishes
 
     if not arguments.point_in_time:
-        for option in ("protect_guest", "exact_chain", "scratch", "scratch_size", "agent", "dry_run"):
+        for option in ("protect_guest", "exact_chain", "scratch", "scratch_size", "agent", "checkpoint", "dry_run"):
             if getattr(arguments, option):
                 name = f"--{option.replace('_', '-')}"
                 raise UsageError("only with --point-in-time", where=name, remedy="Leave it out, or give both.")
@@ -223,15 +247,6 @@ def _instant(arguments: argparse.Namespace) -> Wishes | None:
     )
 
 
-def _journal() -> str:
-    """Returns the folder that outlives a killed run, in which is written down that a guest may be frozen."""
-    import os
-    from pathlib import Path
-
-    home = Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser())
-    return str(home / "qmpnbd" / "agent")
-
-
 def _listen(text: str) -> TcpAddress:
     from qmpnbd.qmp.address import TcpAddress, parse_address
 
@@ -243,6 +258,7 @@ def _listen(text: str) -> TcpAddress:
 
 
 async def _run(arguments: argparse.Namespace, what: MonitorAddress | str | Image, choice: Options) -> int:
+    from qmpnbd.cli.deciding import decided, left_to_others
     from qmpnbd.cli.holding import until_command_ends, until_told
     from qmpnbd.export.session import exporting
     from qmpnbd.report.exports import environment, export_document, export_text
@@ -253,11 +269,14 @@ async def _run(arguments: argparse.Namespace, what: MonitorAddress | str | Image
         text = document_json(document)
         if arguments.exec:
             code = await until_command_ends(session, arguments.exec, environment(document, text), arguments.timeout)
+            moved = await _moved(session, document)
+            await decided(session, code)
         else:
             output.write([text if arguments.json else export_text(document)])
-            await until_told(session, arguments.timeout)
+            async with left_to_others(session):
+                await until_told(session, arguments.timeout)
+                moved = await _moved(session, document)
             code = 0
-        moved = await _moved(session, document)
     output.tell(*moved, *session.take_down.left)
     return LeftBehindError.exit_code if session.take_down.left else code
 
@@ -265,27 +284,38 @@ async def _run(arguments: argparse.Namespace, what: MonitorAddress | str | Image
 async def _dry_run(what: MonitorAddress | Image, disks: list[str], choice: Options) -> int:
     """Prints the commands that would take the point in time and its exports, one in a line."""
     import json
+    from contextlib import AsyncExitStack
 
     from qmpnbd.deadline import Deadline
     from qmpnbd.export.session import Image
+    from qmpnbd.qmp.checkpoint_at import checkpoint_at
     from qmpnbd.qmp.disks import chosen_disks
     from qmpnbd.qmp.inventory import read_inventory
-    from qmpnbd.qmp.monitor import Monitor
     from qmpnbd.qmp.planning import plan_point_in_time
+    from qmpnbd.qmp.rehearsal import Rehearsal
     from qmpnbd.qmp.rundir import RunDirectory
+    from qmpnbd.qmp.server import start_server
 
     deadline = Deadline(choice.seconds)
     if isinstance(what, Image) or choice.instant is None:
         raise UsageError("only with --point-in-time", where="--dry-run", remedy="Give both.")
-    async with await Monitor.connect(what, deadline) as monitor:
+    async with await Rehearsal.connect(what, deadline) as monitor:
         with RunDirectory.create(choice.runtime_dir, for_peer=monitor.peer) as directory:
             found = await read_inventory(monitor, deadline)
             chosen = chosen_disks(disks, found.disks, found.graph, where=monitor.where, empty=found.empty)
             names = [disk.name for disk in chosen]
             bitmaps = {name: [str(each) for each in choice.export.bitmaps] for name in names}
-            wishes = replace(choice.instant, bitmaps=bitmaps, allow_iothread=choice.allow_iothread)
-            plan = await plan_point_in_time(monitor, names, directory, deadline, wishes)
-    output.write([f"{json.dumps(command)}\n" for command in plan.commands()])
+            wishes = replace(choice.instant, bitmaps=bitmaps, allow=frozenset(choice.allow), start_server=False)
+            if choice.nbd is None:
+                await start_server(
+                    monitor, directory, deadline, listen=choice.listen, tls=choice.tls, insecure=choice.insecure
+                )
+            async with AsyncExitStack() as stack:
+                if choice.checkpoint is not None:
+                    begun = checkpoint_at(monitor, names, directory, choice.checkpoint, deadline)
+                    wishes = (await stack.enter_async_context(begun)).wishes(wishes)
+                plan = await plan_point_in_time(monitor, names, directory, deadline, wishes)
+    output.write([f"{json.dumps(command)}\n" for command in (*monitor.noted, *plan.commands())])
     output.tell(f"recipe: {plan.recipe.value}: {plan.why}")
     return 0
 

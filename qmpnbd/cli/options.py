@@ -7,6 +7,8 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qmpnbd.nbd.tls import Tls
     from qmpnbd.qmp.address import MonitorAddress
 
@@ -151,7 +153,7 @@ def monitor(arguments: argparse.Namespace) -> MonitorAddress | None:
 
 
 def add_sharing(parser: argparse.ArgumentParser) -> None:
-    """Adds what commands need that have exports made in QEMU: ``--nbd``, ``--runtime-dir``, ``--allow-iothread``."""
+    """Adds what commands need that have exports made in QEMU: ``--nbd``, ``--runtime-dir``, ``--allow``."""
     parser.add_argument(
         "--nbd",
         metavar="URI",
@@ -160,19 +162,42 @@ def add_sharing(parser: argparse.ArgumentParser) -> None:
     add_exporting(parser)
 
 
+IOTHREAD = "iothread"
+HAZARDS = ("allocation-after-depth", IOTHREAD, "snapshot-access")
+"""Those of `qmpnbd.qmp.capabilities` that can be allowed; not imported, since a start must be light."""
+
+
+def add_allow(parser: argparse._ActionsContainer, names: Sequence[str]) -> None:
+    """Adds ``--allow`` and ``--allow-iothread``; `allowed` tells what was given."""
+    parser.add_argument(
+        "--allow-iothread",
+        action="store_true",
+        help="work on disks in an iothread although QEMU 7.x and 8.x may abort when an NBD client is lost",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=names,
+        metavar="NAME",
+        help=f"take the risk of what this QEMU is known to do wrong: {', '.join(names)}; can be repeated",
+    )
+
+
+def allowed(arguments: argparse.Namespace) -> frozenset[str]:
+    """Returns the names of the hazards to take the risk of."""
+    return frozenset(arguments.allow) | ({IOTHREAD} if arguments.allow_iothread else frozenset())
+
+
 def add_exporting(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--runtime-dir`` and ``--allow-iothread``."""
+    """Adds ``--runtime-dir``, ``--allow`` and ``--allow-iothread``."""
     parser.add_argument(
         "--runtime-dir",
         metavar="DIR",
         help="make the private directory with the NBD socket in DIR (default: $TMPDIR or /tmp); "
         "QEMU must be able to write to it",
     )
-    parser.add_argument(
-        "--allow-iothread",
-        action="store_true",
-        help="work on disks in an iothread although QEMU 7.x and 8.x may abort when an NBD client is lost",
-    )
+    add_allow(parser, (IOTHREAD,))
 
 
 def add_runtime_dir(parser: argparse.ArgumentParser) -> None:
@@ -182,6 +207,15 @@ def add_runtime_dir(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the private directories of runs are, which tell whether they live (default: $TMPDIR or /tmp)",
     )
+
+
+def agent_journal() -> str:
+    """Returns the folder that outlives a killed run, in which is written down that a guest may be frozen."""
+    import os
+    from pathlib import Path
+
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser())
+    return str(home / "qmpnbd" / "agent")
 
 
 def add_tls(parser: argparse.ArgumentParser) -> None:

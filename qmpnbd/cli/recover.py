@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpnbd.cli import options, output
@@ -26,8 +27,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Adds the command."""
     parser = commands.add_parser(
         "recover",
-        description="Takes down what killed runs of qmpnbd left in a running QEMU, recognised by its names; runs that "
-        "live are left alone. It can be run any number of times.",
+        description="Takes down what killed runs of qmpnbd left in a running QEMU, recognised by its names, and thaws "
+        "guests that they left frozen; runs that live are left alone. It can be run any number of times.",
         allow_abbrev=False,
     )
     options.add_monitor(parser)
@@ -59,7 +60,16 @@ def run(arguments: argparse.Namespace) -> int:
     from qmpnbd.report.jsontext import document_json
     from qmpnbd.report.runs import recover_text
 
-    work = _document(arguments.qmp, arguments.runtime_dir, arguments.runs, arguments.timeout, arguments.dry_run)
+    folder = Path(options.agent_journal())
+    journal = folder if folder.is_dir() else None
+    work = _document(
+        arguments.qmp,
+        arguments.runtime_dir,
+        arguments.runs,
+        arguments.timeout,
+        journal=journal,
+        dry_run=arguments.dry_run,
+    )
     document = signals.run(work)
     output.write([document_json(document) if arguments.json else recover_text(document)])
     output.tell(*document.left_behind)
@@ -71,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _document(
-    address: MonitorAddress, base: str | None, runs: list[str], seconds: float, dry_run: bool
+    address: MonitorAddress, base: str | None, runs: list[str], seconds: float, *, journal: Path | None, dry_run: bool
 ) -> RecoverDocument:
     from qmpnbd.deadline import Deadline
     from qmpnbd.qmp.monitor import Monitor
@@ -82,11 +92,25 @@ async def _document(
     deadline = Deadline(seconds)
     async with await Monitor.connect(address, deadline) as monitor:
         found = await recover(monitor, base, deadline, also=runs, dry_run=dry_run)
+        # Only now: the agent of a guest that we had paused answers no sooner.
+        thawed, frozen = await _thawed(journal, dry_run) if journal is not None else ([], [])
         return RecoverDocument(
             monitor=monitor.where,
             dry_run=dry_run,
             taken_down=taken_down(found.removed),
-            left_behind=tuple(found.left),
+            thawed=tuple(thawed),
+            left_behind=(*found.left, *(f"may still be frozen: the guest of the agent {each}" for each in frozen)),
             unknown=tuple(found.unknown),
             alive=tuple(found.alive),
         )
+
+
+async def _thawed(folder: Path, dry_run: bool) -> tuple[list[str], list[str]]:
+    """Thaws the guests that killed runs of this user left frozen; returns their agents, and those of the others."""
+    from qmpnbd.qmp.agent_journal import AgentJournal
+    from qmpnbd.qmp.quiesce import frozen_leftovers, thaw_leftovers
+
+    journal = AgentJournal(folder)
+    if dry_run:
+        return frozen_leftovers(journal), []
+    return await thaw_leftovers(journal, output.tell), frozen_leftovers(journal)

@@ -41,7 +41,8 @@ async def _document(address: MonitorAddress, base: str | None, seconds: float) -
     from qmpnbd.deadline import Deadline
     from qmpnbd.qmp.inventory import guest_status
     from qmpnbd.qmp.monitor import Monitor
-    from qmpnbd.qmp.recover import nbd_server_runs, read_runs
+    from qmpnbd.qmp.recover import read_runs
+    from qmpnbd.qmp.server import nbd_server_runs
     from qmpnbd.report.model import StatusDocument
     from qmpnbd.report.runs import run_entry
 

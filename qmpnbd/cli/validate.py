@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         rounds=arguments.rounds,
         nbd=arguments.nbd if arguments.image is None else None,
         runtime_dir=arguments.runtime_dir,
-        allow_iothread=arguments.allow_iothread,
+        allow_iothread=options.IOTHREAD in options.allowed(arguments),
     )
     with Reports.of(arguments) as reports:
         report, stopped = _validated(arguments, each, reports)

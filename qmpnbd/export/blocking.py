@@ -16,6 +16,8 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.export.session import Export, Image, Options, Session, SourceMaker, live_disks
 from qmpnbd.export.session import exporting as _exporting
 from qmpnbd.qmp.address import MonitorAddress
+from qmpnbd.qmp.checkpoint_at import BegunCheckpoint
+from qmpnbd.qmp.pointintime import Statement
 
 T = TypeVar("T")
 
@@ -81,6 +83,32 @@ class BlockingSession:
     def remove(self, export: Export, deadline: Deadline, mode: Literal["hard", "safe"] = "hard") -> None:
         """Does what `Session.remove` does."""
         self._thread.run(self.session.remove(export, deadline, mode))
+
+    @property
+    def statement(self) -> Statement | None:
+        """How the point in time was taken; None if there is none."""
+        return self.session.statement
+
+    @property
+    def checkpoint(self) -> BegunCheckpoint | None:
+        """The checkpoint that began at the instant; None if none did."""
+        return self.session.checkpoint
+
+    def release(self) -> None:
+        """Does what `Session.release` does."""
+        self._thread.run(self.session.release())
+
+    def commit(self, deadline: Deadline) -> None:
+        """Does what `Session.commit` does."""
+        self._thread.run(self.session.commit(deadline))
+
+    def abort(self, deadline: Deadline) -> None:
+        """Does what `Session.abort` does."""
+        self._thread.run(self.session.abort(deadline))
+
+    def leave(self, deadline: Deadline) -> None:
+        """Does what `Session.leave` does."""
+        self._thread.run(self.session.leave(deadline))
 
     def watch(self, deadline: Deadline) -> None:
         """Does what `Session.watch` does."""

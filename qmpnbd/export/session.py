@@ -19,29 +19,29 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from qmpnbd.deadline import Deadline
+from qmpnbd.errors import UsageError
 from qmpnbd.export.addresses import server_uri, shared_server
+from qmpnbd.export.hazards import require_no_hazard
+from qmpnbd.export.instant import HeldInstant, held_instant
+from qmpnbd.export.options import Image, Options
 from qmpnbd.nbd.uri import NbdUri
-from qmpnbd.qmp.address import MonitorAddress, TcpAddress
-from qmpnbd.qmp.agent_journal import AgentJournal
-from qmpnbd.qmp.credentials import ServerTls
+from qmpnbd.qmp.address import MonitorAddress
+from qmpnbd.qmp.checkpoint_at import BegunCheckpoint
 from qmpnbd.qmp.disks import Disk, chosen_disks
 from qmpnbd.qmp.exports import ExportOptions, NodeBitmap, add_export, exported_node, remove_export
 from qmpnbd.qmp.inventory import (
     Inventory,
     guest_status,
     read_inventory,
-    require_no_iothread_bug,
     require_safe_moment,
 )
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import export_id
 from qmpnbd.qmp.planning import Wishes
-from qmpnbd.qmp.pointintime import Statement, point_in_time
-from qmpnbd.qmp.quiesce import at_rest, thaw_leftovers
+from qmpnbd.qmp.pointintime import Statement
 from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.server import STOP_SECONDS, start_server, stop_server
@@ -50,52 +50,18 @@ from qmpnbd.qmp.teardown import TakeDown
 
 log = logging.getLogger(__name__)
 
-SETUP_SECONDS = 30.0
-"""Time until the exports are up: what only asks a few questions, and starts a storage daemon at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An image file that no QEMU has open.
-
-    Attributes:
-        path: the file or block device.
-        format: QEMU's name of its format.
-    """
-
-    path: str
-    format: str
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to export.
-
-    Attributes:
-        listen: a TCP port to listen on; None for a UNIX socket in a private directory.
-        tls: TLS of the server.
-        insecure: a TCP port without TLS.
-        nbd: URI of the NBD server this QEMU runs already, to be shared; None to start one.
-        runtime_dir: where the private directory is made; None for the folder for temporary files.
-        allow_iothread: export disks in an iothread although this QEMU is known to abort on them.
-        export: what each export offers.
-        seconds: time until everything is up; None for no bound. Taking down has its own time.
-        instant: export the disks as they are at one instant, taken like this; None for the disks as they go on.
-        agent: the guest agent's socket, to have the guest's filesystems at rest at that instant; None to go without.
-        journal: folder in which it is written down that the guest may be frozen; with `agent`.
-    """
-
-    listen: TcpAddress | None = None
-    tls: ServerTls | None = None
-    insecure: bool = False
-    nbd: str | None = None
-    runtime_dir: str | None = None
-    allow_iothread: bool = False
-    export: ExportOptions = field(default_factory=ExportOptions)
-    seconds: float | None = SETUP_SECONDS
-    instant: Wishes | None = None
-    agent: MonitorAddress | str | None = None
-    journal: str = ""
+__all__ = [
+    "Export",
+    "Image",
+    "Options",
+    "Scene",
+    "Session",
+    "Source",
+    "SourceMaker",
+    "Sources",
+    "exporting",
+    "live_disks",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +157,7 @@ class Session:
         consistent: whether all exports show one instant that stays readable.
         exports: the exports.
         take_down: takes everything down.
-        statement: how the point in time was taken; None if there is none.
+        held: the point in time that is exported; None if there is none.
     """
 
     monitor: Monitor
@@ -199,7 +165,64 @@ class Session:
     consistent: bool
     take_down: TakeDown
     exports: list[Export] = field(default_factory=list)
-    statement: Statement | None = None
+    held: HeldInstant | None = None
+
+    @property
+    def statement(self) -> Statement | None:
+        """How the point in time was taken; None if there is none."""
+        return self.held.point.statement if self.held is not None else None
+
+    @property
+    def checkpoint(self) -> BegunCheckpoint | None:
+        """The checkpoint that began at the instant; None if none did. Merged back at the end unless decided about."""
+        return self.held.checkpoint if self.held is not None else None
+
+    async def release(self) -> None:
+        """Ends the point in time: once this returns, what was read of it holds, and a backup may be made durable.
+
+        Raises:
+            InterferenceError: a job of ours ended; what was read does not hold.
+            ScratchError: the scratch space ran out; what was read does not hold.
+            LeftBehindError: something could not be taken down.
+        """
+        if self.held is not None:
+            self.exports.clear()
+            await self.held.release()
+
+    async def commit(self, deadline: Deadline) -> None:
+        """Decides that the backup at the checkpoint is safe: removes the older ones. Ends the point in time first.
+
+        Raises:
+            UsageError: no checkpoint was begun.
+            QmpnbdError: as `release`, and as `BegunCheckpoint.commit`.
+        """
+        await self.release()
+        await self._begun().commit(deadline)
+
+    async def abort(self, deadline: Deadline) -> None:
+        """Decides that the backup has failed: what was recorded goes back to the checkpoint before.
+
+        Raises:
+            UsageError: no checkpoint was begun.
+            QmpnbdError: as `release`, and as `BegunCheckpoint.commit`.
+        """
+        await self.release()
+        await self._begun().abort(deadline)
+
+    async def leave(self, deadline: Deadline) -> None:
+        """Leaves the decision to ``qmpnbd checkpoint commit`` or ``abort``.
+
+        Raises:
+            UsageError: no checkpoint was begun.
+            QmpnbdError: as `release`, and as `BegunCheckpoint.commit`.
+        """
+        await self.release()
+        await self._begun().leave(deadline)
+
+    def _begun(self) -> BegunCheckpoint:
+        if self.checkpoint is None:
+            raise UsageError("no checkpoint was begun", where=self.monitor.where, remedy="Set Options.checkpoint.")
+        return self.checkpoint
 
     async def node_of(self, export: Export, deadline: Deadline) -> str:
         """Returns the node that an export stands on now: it follows the block graph.
@@ -264,6 +287,8 @@ async def exporting(
             error's notes tell what is left.
     """
     choice = options or Options()
+    if choice.checkpoint is not None and choice.instant is None:
+        raise UsageError("a checkpoint needs a point in time", where="checkpoint", remedy="Set Options.instant, too.")
     deadline = Deadline(choice.seconds)
     take_down: TakeDown | None = None
     try:
@@ -282,9 +307,7 @@ async def exporting(
             take_down = TakeDown(monitor.is_gone)
             inventory = await read_inventory(monitor, deadline)
             chosen = chosen_disks(wanted, inventory.disks, inventory.graph, where=monitor.where, empty=inventory.empty)
-            if not choice.allow_iothread:
-                for disk in chosen:
-                    await require_no_iothread_bug(monitor, disk.node_name, inventory, deadline)
+            await require_no_hazard(monitor, chosen, inventory, choice, deadline)
             scene = Scene(monitor, guest, directory.run, inventory, tuple(chosen), take_down, deadline)
             if choice.instant is not None:
                 server = await _server(stack, scene, directory, choice)
@@ -313,18 +336,21 @@ async def _at_instant(
         bitmaps={disk.name: _names(choice.export) for disk in disks},
         start_server=False,
         allow_iothread=choice.allow_iothread,
+        allow=frozenset(choice.allow),
     )
-    names = [disk.name for disk in disks]
-    quiesce = None
-    if choice.agent is not None:
-        journal = AgentJournal(Path(choice.journal))
-        for thawed in await thaw_leftovers(journal, log.warning):
-            log.warning("thawed a guest that a killed run had left frozen: %s", thawed)
-        quiesce = at_rest(choice.agent, journal, scene.deadline, required=False)
-    holding = point_in_time(monitor, names, directory, scene.deadline, wishes=wishes, quiesce=quiesce)
-    point = await stack.enter_async_context(holding)
-    session = Session(monitor, scene.guest, consistent=True, take_down=scene.take_down, statement=point.statement)
-    for disk, offer in zip(disks, point.offers, strict=True):
+    holding = held_instant(
+        monitor,
+        [disk.name for disk in disks],
+        directory,
+        scene.deadline,
+        wishes=wishes,
+        checkpoint=choice.checkpoint,
+        agent=choice.agent,
+        journal=choice.journal,
+    )
+    held = await stack.enter_async_context(holding)
+    session = Session(monitor, scene.guest, consistent=True, take_down=scene.take_down, held=held)
+    for disk, offer in zip(disks, held.point.offers, strict=True):
         node = await exported_node(monitor, offer.export, scene.deadline)
         uri = replace(server, export=offer.export)
         session.exports.append(Export(offer.export, disk, node, uri, offer.disk.size, tuple(offer.disk.bitmaps)))

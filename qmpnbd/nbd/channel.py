@@ -8,6 +8,7 @@ byte and taken up again there, which is why a call that ran out of time does not
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections import deque
 from typing import TYPE_CHECKING, Final
@@ -242,6 +243,10 @@ class Channel:
         secure = TlsSocket(self._sock, tls, self.where)
         self._sock, self._shows_all = secure, False
         return secure
+
+    def duplicate(self) -> int:
+        """Returns a descriptor of the same socket, for the caller to close."""
+        return os.dup(self._sock.fileno())
 
     def close(self) -> None:
         """Closes the socket."""

@@ -8,16 +8,19 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError
 from qmpnbd.qmp.monitor import Monitor, finish
 
-_REMEDIES = (
-    ("in use", "End the export or the job that uses the bitmap first."),
-    ("is inconsistent", "QEMU did not end well, and its content is lost: it can only be removed. Make a full backup."),
-    ("is readonly", "Its image is read-only at the moment, under a snapshot for one: end that first."),
-    ("already exists", "Somebody else has just made it, another run for one: see what there is, and try again."),
-    ("Can't store", "Only qcow2 of version 3 stores bitmaps; others are made transient."),
-    ("not found", "Somebody else has just removed it: see what there is, and try again."),
-    ("Cannot find", "The node is gone or has another name: see `qmpnbd disks`."),
+REMEDIES = (
+    (("in use",), "End the export or the job that uses the bitmap first."),
+    (
+        ("is inconsistent",),
+        "QEMU did not end well, and its content is lost: it can only be removed. Make a full backup.",
+    ),
+    (("is readonly",), "Its image is read-only at the moment, under a snapshot for one: end that first."),
+    (("already exists",), "Somebody else has just made it, another run for one: see what there is, and try again."),
+    (("Can't store",), "Only qcow2 of version 3 stores bitmaps; others are made transient."),
+    (("Dirty bitmap '",), "Somebody else has just removed it: see what there is, and try again."),
+    (("Cannot find device", "Node '"), "The node is gone or has another name: see `qmpnbd disks`."),
 )
-"""Words of QEMU's refusals -> what to do; the same in QEMU 5.2, 7.2 and 10.0."""
+"""Words of QEMU's refusals -> what to do; the first row that fits; the same in QEMU 5.2, 7.2 and 10.0."""
 
 
 def transaction(actions: Sequence[dict[str, object]]) -> dict[str, object]:
@@ -36,7 +39,9 @@ async def transact(monitor: Monitor, actions: Sequence[dict[str, object]], deadl
     try:
         await finish(monitor.execute("transaction", {"actions": list(actions)}, deadline=deadline))
     except CommandFailedError as error:
-        error.remedy = next((remedy for words, remedy in _REMEDIES if words in error.description), error.remedy)
+        error.remedy = next(
+            (remedy for words, remedy in REMEDIES if any(each in error.description for each in words)), error.remedy
+        )
         raise
 
 

@@ -7,7 +7,7 @@ it does wrong: those are hazards, refused by name unless somebody takes the risk
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, TypeAlias
@@ -184,18 +184,19 @@ class Hazard:
         """Returns whether a QEMU does it wrong."""
         return self.first <= (version.qemu.major, version.qemu.minor) < self.fixed
 
-    def refuse(self, version: VersionInfo, found: str, *, where: str) -> None:
-        """Does nothing on a QEMU that does it right.
+    def refuse(self, version: VersionInfo, found: str, *, where: str, allowed: Collection[str] = ()) -> None:
+        """Does nothing on a QEMU that does it right, or if the risk is taken.
 
         Args:
             version: the QEMU's.
             found: what of it was going to be done, as the beginning of a sentence.
             where: the disk or monitor concerned.
+            allowed: names of hazards to take the risk of.
 
         Raises:
             UnsafeOperationError: the hazard applies.
         """
-        if self.applies(version):
+        if self.applies(version) and self.name not in allowed:
             raise UnsafeOperationError(f"{found}, and QEMU {version} {self.what}", where=where, remedy=self.remedy)
 
 
@@ -204,7 +205,7 @@ IOTHREAD = Hazard(
     (7, 0),
     (9, 0),
     "aborts when an NBD client of a disk in an iothread is lost",
-    "Update QEMU to 9.0 or later, or accept the risk with --allow-iothread.",
+    "Update QEMU to 9.0 or later, or accept the risk with --allow-iothread, the same as --allow iothread.",
 )
 """Measured on 7.2.22: assertion in ``nbd_blockdev_client_closed``; 5.2 and 10.0 survive. 9.0 is inferred."""
 
@@ -213,7 +214,7 @@ SNAPSHOT_ACCESS = Hazard(
     (7, 0),
     (8, 0),
     "reads some of what the guest has overwritten from the live disk: the copy would be corrupt without a word",
-    "Use another recipe, or update QEMU to 8.0 or later.",
+    "Use another recipe, update QEMU to 8.0 or later, or accept the risk with --allow snapshot-access.",
 )
 """``hbitmap_status`` returned the wrong answer for a run that is dirty from its first bit and ends inside the range."""
 
@@ -222,7 +223,7 @@ ALLOCATION_AFTER_DEPTH = Hazard(
     (6, 2),
     (7, 0),
     "shows holes of raw files as data in base:allocation once qemu:allocation-depth was asked there",
-    "Ask base:allocation over an export without allocation depth, or update QEMU to 7.0 or later.",
+    "Export without allocation depth, update QEMU to 7.0 or later, or accept it with --allow allocation-after-depth.",
 )
 """The block status cache, new in 6.2, kept answers to the question that does not look for zeroes."""
 
@@ -237,6 +238,10 @@ SERVER_STOP = Hazard(
 
 HAZARDS = (ALLOCATION_AFTER_DEPTH, IOTHREAD, SERVER_STOP, SNAPSHOT_ACCESS)
 """Every known one; a guest that migrates is refused on any release (`qmpnbd.qmp.inventory.require_safe_moment`)."""
+
+
+OVERRIDABLE = tuple(hazard.name for hazard in HAZARDS if "--allow" in hazard.remedy)
+"""Names that can be allowed; the others are not refused but waited for."""
 
 
 def hazards_of(version: VersionInfo) -> tuple[Hazard, ...]:

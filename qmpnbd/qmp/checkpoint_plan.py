@@ -181,7 +181,7 @@ def _create(disk: DiskCheckpoints, name: CheckpointName, granularity: int | None
     if granularity is not None:
         added["granularity"] = granularity
     actions: list[Action] = [
-        *(_on(each, "remove") for each in useless),
+        *_removed(useless),
         {"type": "block-dirty-bitmap-add", "data": added},
         *(_on(each, "disable") for each in usable[-1:]),
     ]
@@ -207,7 +207,8 @@ def plan_commit(chain: str, disks: Sequence[DiskCheckpoints], number: int | None
             return _nothing(disk, number)
         older = [each for each in disk.checkpoints if each.number < number]
         _require_idle(disk, older)
-        return DiskPlan(disk, tuple(_on(each, "remove") for each in older))
+        decided = [each for each in disk.checkpoints if each.number == number]
+        return DiskPlan(disk, (*_removed(older), *_unmarked(decided)))
 
     return CheckpointPlan("commit", chain, number, tuple(map(commit, disks)))
 
@@ -238,7 +239,18 @@ def plan_abort(chain: str, disks: Sequence[DiskCheckpoints], number: int | None 
             where=_names(disks),
             remedy="Abort the newest first, or take this one out with `checkpoint merge`.",
         )
-    plans = tuple(_fold(disk, number, first=lambda each: (_on(each, "remove"),)) for disk in disks)
+    return fold_back(chain, disks, number)
+
+
+def fold_back(chain: str, disks: Sequence[DiskCheckpoints], number: int) -> CheckpointPlan:
+    """Plans to undo a checkpoint wherever it stands: what it recorded goes to the one before.
+
+    A disk on which it is the oldest had none before, and has none of it afterwards.
+
+    Raises:
+        BitmapError: a bitmap is in use.
+    """
+    plans = tuple(_fold(disk, number, first=lambda each: _removed((each,))) for disk in disks)
     return CheckpointPlan("abort", chain, number, plans)
 
 
@@ -273,14 +285,14 @@ def _fold(disk: DiskCheckpoints, number: int, *, first: Callable[[Checkpoint], t
     before = disk.checkpoints[index - 1]
     if checkpoint.inconsistent or before.inconsistent:
         reason, remedy = REASONS["inconsistent"]
-        return DiskPlan(disk, reason=reason, remedy=remedy)
+        return DiskPlan(disk, _unmarked((checkpoint,)), reason=reason, remedy=remedy)
     merged = {"node": disk.node_name, "target": before.bitmap, "bitmaps": [checkpoint.bitmap]}
     return DiskPlan(
         disk,
         (
             *((_on(before, "enable"),) if checkpoint.recording else ()),
             {"type": "block-dirty-bitmap-merge", "data": merged},
-            _on(checkpoint, "remove"),
+            *_removed((checkpoint,)),
         ),
     )
 
@@ -306,7 +318,7 @@ def plan_remove(chain: str, disks: Sequence[DiskCheckpoints], number: int | None
         stays = ", ".join(each.bitmap for each in doomed if not each.removable)
         return DiskPlan(
             disk,
-            tuple(_on(each, "remove") for each in can_go),
+            _removed(can_go),
             reason=f"in a layer that is read-only: {stays}" if stays else "",
             remedy="It does no harm there; `qemu-img bitmap --remove` removes it while no QEMU uses the image."
             if stays
@@ -342,9 +354,24 @@ def _require_idle(disk: DiskCheckpoints, checkpoints: Iterable[Checkpoint]) -> N
             )
 
 
+def _removed(checkpoints: Iterable[Checkpoint]) -> tuple[Action, ...]:
+    """Returns what removes checkpoints, and their marks with them."""
+    found = tuple(checkpoints)
+    return (*(_on(each, "remove") for each in found), *_unmarked(found))
+
+
+def _unmarked(checkpoints: Iterable[Checkpoint]) -> tuple[Action, ...]:
+    """Returns what says that checkpoints have been decided about; in the same transaction as the decision."""
+    return tuple(bitmap_action("remove", each.node_name, each.mark) for each in checkpoints if each.mark)
+
+
 def _on(checkpoint: Checkpoint, verb: str) -> Action:
-    data = {"node": checkpoint.node_name, "name": checkpoint.bitmap}
-    return {"type": f"block-dirty-bitmap-{verb}", "data": data}
+    return bitmap_action(verb, checkpoint.node_name, checkpoint.bitmap)
+
+
+def bitmap_action(verb: str, node_name: str, name: str) -> Action:
+    """Returns the transaction action that does something to one bitmap."""
+    return {"type": f"block-dirty-bitmap-{verb}", "data": {"node": node_name, "name": name}}
 
 
 def _names(disks: Iterable[DiskCheckpoints]) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 from qmpnbd.qmp.disks import Disk
 from qmpnbd.qmp.graph import FILTER_DRIVERS, MAX_CHAIN, BlockGraph
 from qmpnbd.qmp.models import BlockDeviceInfo
-from qmpnbd.qmp.naming import CheckpointName, checkpoint_of
+from qmpnbd.qmp.naming import CheckpointName, Role, checkpoint_of, role_of, run_of
 
 State = Literal["missing", "displaced", "recording", "pending", "stopped", "inconsistent"]
 
@@ -30,6 +30,8 @@ class Checkpoint:
         busy: whether an export or a job uses it; then nothing can be done to it.
         inconsistent: QEMU did not end well and its content is lost; it can only be removed.
         removable: whether its node can be written, so that it can be removed.
+        mark: name of the bitmap that says that the run which began it lives, or was killed before it was decided
+            (`qmpnbd.qmp.undecided`); empty once that is done.
     """
 
     number: int
@@ -43,6 +45,7 @@ class Checkpoint:
     busy: bool
     inconsistent: bool
     removable: bool = True
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,12 @@ def _names(nodes: Iterable[BlockDeviceInfo]) -> Iterator[CheckpointName]:
                 yield name
 
 
+def marks_of(node: BlockDeviceInfo) -> dict[str, str]:
+    """Returns the marks of undecided checkpoints on a node: run -> name."""
+    names = [bitmap.name for bitmap in node.dirty_bitmaps if bitmap.name]
+    return {run: name for name in names if role_of(name) is Role.UNDECIDED and (run := run_of(name)) is not None}
+
+
 def disk_checkpoints(
     disk: Disk, chain: str, graph: BlockGraph, nodes: Mapping[str, BlockDeviceInfo]
 ) -> DiskCheckpoints:
@@ -173,7 +182,7 @@ def disk_checkpoints(
         nodes: node-name -> what QEMU says of it, its bitmaps among that.
     """
     layers = layers_of(graph, disk.node_name) or (disk.node_name,)
-    found = [tuple(_checkpoints(chain, nodes[name])) if name in nodes else () for name in layers]
+    found = [node_checkpoints(chain, nodes[name]) if name in nodes else () for name in layers]
     return DiskCheckpoints(
         disk=disk.name,
         node_name=layers[0],
@@ -184,8 +193,10 @@ def disk_checkpoints(
     )
 
 
-def _checkpoints(chain: str, node: BlockDeviceInfo) -> list[Checkpoint]:
+def node_checkpoints(chain: str, node: BlockDeviceInfo) -> tuple[Checkpoint, ...]:
+    """Returns the checkpoints of one chain on one node, oldest first."""
     found = []
+    marks = marks_of(node)
     for bitmap in node.dirty_bitmaps:
         name = checkpoint_of(bitmap.name) if bitmap.name else None
         if name is None or name.chain != chain or not node.node_name:
@@ -203,6 +214,7 @@ def _checkpoints(chain: str, node: BlockDeviceInfo) -> list[Checkpoint]:
                 busy=bitmap.busy,
                 inconsistent=bitmap.inconsistent,
                 removable=not (node.ro and bitmap.persistent),
+                mark=marks.get(name.backup, ""),
             )
         )
-    return sorted(found, key=lambda each: each.number)
+    return tuple(sorted(found, key=lambda each: each.number))

@@ -153,7 +153,7 @@ async def plan_change(monitor: Monitor, change: Change, deadline: Deadline) -> C
     inventory = await read_inventory(monitor, deadline)
     disks = _chosen(change.disks, inventory, monitor)
     if not change.disks:
-        disks = [disk for disk in disks if _can_be_written(disk, inventory)]
+        disks = [disk for disk in disks if can_be_written(disk, inventory)]
     nodes = await read_nodes(monitor, deadline)
     states = _states([change.chain], disks, inventory, nodes)
     match change.operation:
@@ -181,7 +181,8 @@ def _chosen(wanted: Sequence[str], inventory: Inventory, monitor: Monitor) -> li
     return chosen_disks(wanted, inventory.disks, inventory.graph, where=monitor.where, empty=inventory.empty)
 
 
-def _can_be_written(disk: Disk, inventory: Inventory) -> bool:
+def can_be_written(disk: Disk, inventory: Inventory) -> bool:
+    """Returns whether a disk's active layer can be written: else there is nothing to record."""
     layers = layers_of(inventory.graph, disk.node_name)
     return bool(layers) and not inventory.graph.nodes[layers[0]].read_only
 

@@ -9,6 +9,7 @@ The order of taking down is that of one run's making, reversed, and holds for ev
     the guest           let it run on, if we paused it, or if it was stopped because our scratch failed
     overlays            commit: they hold the guest's newest data
     nodes               filters before the scratch images they write to
+    checkpoint          merged back if nobody has decided about it; an overlay must be committed before that
     bitmaps             nothing uses them any more
     objects
     files               of the nodes that are gone
@@ -24,7 +25,9 @@ from qmpnbd.qmp.disks import Disk
 from qmpnbd.qmp.graph import BlockGraph
 from qmpnbd.qmp.models import BlockDeviceInfo, BlockExportInfo, GraphNode, GraphReply, JobInfo
 from qmpnbd.qmp.naming import Role, name_of, number_of, role_of, run_of
+from qmpnbd.qmp.undecided import undecided_of
 from qmpnbd.qmp.undo import (
+    AbortCheckpoint,
     CancelJob,
     CommitOverlay,
     DeleteNode,
@@ -41,6 +44,9 @@ from qmpnbd.qmp.undo import (
 _COMMIT = "commit"
 _OF_SERVER = {Role.SERVER, Role.CREDENTIALS, Role.CLIENTS}
 """Objects that go with the NBD server; one of them tells whose it is."""
+
+
+_UNDECIDED = ": nobody has decided about this run's checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,8 @@ def _things(contents: Contents) -> Iterator[Thing]:
     for node in contents.nodes:
         yield Thing("node", node.node_name or "", node.drv)
         for bitmap in node.dirty_bitmaps:
-            yield Thing("bitmap", bitmap.name or "", f"of node {node.node_name}")
+            marks = bitmap.name is not None and role_of(bitmap.name) is Role.UNDECIDED
+            yield Thing("bitmap", bitmap.name or "", f"of node {node.node_name}" + (_UNDECIDED if marks else ""))
     for name in contents.objects:
         yield Thing("object", name, "the guest was paused by us" if role_of(name) is Role.PAUSE else "")
 
@@ -125,6 +132,7 @@ def undo_of(run: str, contents: Contents) -> list[Undo]:
     single = set(names) - {each.overlay for each in commits}
     for role in (Role.COPY, Role.SCRATCH, Role.OVERLAY):
         undo += [DeleteNode(name) for name in _of_role(single, role)]
+    undo += _checkpoint(run, contents.nodes)
     undo += _bitmaps(run, contents.nodes)
     undo += [DeleteObject(name) for name in objects if role_of(name) not in _OF_SERVER | {Role.PAUSE}]
     undo += [file for file in _files(own) if file.path not in {each.path for each in commits}]
@@ -161,10 +169,18 @@ def _overlays(run: str, own: Sequence[BlockDeviceInfo], contents: Contents) -> I
             yield CancelJob(job_info.id)  # the overlay is gone: it only waits to be dismissed
 
 
+def _checkpoint(run: str, nodes: Iterable[BlockDeviceInfo]) -> Iterator[Undo]:
+    undecided = undecided_of(run, nodes)
+    if undecided is not None:
+        yield AbortCheckpoint(run, str(undecided), tuple(undecided.idle().abort()))
+
+
 def _bitmaps(run: str, nodes: Iterable[BlockDeviceInfo]) -> Iterator[Undo]:
     for node in nodes:
         for bitmap in node.dirty_bitmaps:
-            if node.node_name and bitmap.name and run_of(bitmap.name) == run:
+            if not (node.node_name and bitmap.name) or role_of(bitmap.name) is Role.UNDECIDED:
+                continue
+            if run_of(bitmap.name) == run:
                 yield RemoveBitmap(node.node_name, bitmap.name)
 
 

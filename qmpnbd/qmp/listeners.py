@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from qmpnbd.qmp.address import TcpAddress, UnixAddress
+from qmpnbd.qmp.process import Peer
 
 BACKLOG = 128
 """Clients that may wait to be accepted: as many as the kernel allows by default (SOMAXCONN before Linux 5.4)."""
 
+_ACCEPTING = "00010000"  # __SO_ACCEPTCON of /proc/net/unix
 _CONNECTED = "03"  # SS_CONNECTED of /proc/net/unix
 _ESTABLISHED = "01"  # TCP_ESTABLISHED of /proc/net/tcp
 
@@ -64,6 +66,19 @@ def free_port(host: str) -> int:
     with listening(TcpAddress(host, 0)) as sock:
         port: int = sock.getsockname()[1]
         return port
+
+
+def listens_in(peer: Peer, folder: str) -> UnixAddress | None:
+    """Returns the UNIX socket in a folder of this name that a process listens on, None if there is none.
+
+    The kernel remembers the path that a socket was bound to, even if nothing is there any more, and by the socket's
+    inode who has it open.
+    """
+    mine = peer.open_sockets()
+    for row in _rows("unix"):
+        if row[3] == _ACCEPTING and len(row) > 7 and PurePath(row[7]).parent.name == folder and int(row[6]) in mine:
+            return UnixAddress(row[7])
+    return None
 
 
 def has_clients(address: UnixAddress | TcpAddress) -> bool:

@@ -67,6 +67,9 @@ class Role(StrEnum):
     OVERLAY_FILE = "of"
     """Protocol node below an overlay node."""
 
+    UNDECIDED = "u"
+    """Disabled dirty bitmap that says: nobody has decided yet about the checkpoint of this run."""
+
     PAUSE = "p"
     """Object that says: the guest was paused by us."""
 

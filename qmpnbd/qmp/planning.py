@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import DiskBusyError, NoSuchDiskError, ScratchError
+from qmpnbd.qmp.capabilities import IOTHREAD
 from qmpnbd.qmp.disks import Disk, find_disk
 from qmpnbd.qmp.graph import FILTER_DRIVERS, MAX_CHAIN, BlockGraph
 from qmpnbd.qmp.inventory import (
@@ -44,6 +45,8 @@ class Wishes:
         actions: disk as named by the caller -> transaction actions for the instant.
         start_server: whether to start an NBD server; False if one runs already and is shared.
         allow_iothread: work on disks in an iothread although this QEMU is known to abort on them.
+        allow: names of hazards to take the risk of (`qmpnbd.qmp.capabilities.HAZARDS`): ``snapshot-access`` has
+            `protect_guest` honoured by a QEMU that may show wrong data; ``iothread`` is the same as `allow_iothread`.
     """
 
     protect_guest: bool = False
@@ -55,6 +58,7 @@ class Wishes:
     actions: Mapping[str, Sequence[Mapping[str, object]]] = field(default_factory=dict)
     start_server: bool = True
     allow_iothread: bool = False
+    allow: frozenset[str] = frozenset()
 
 
 async def plan_point_in_time(
@@ -79,11 +83,17 @@ async def plan_point_in_time(
     planned = []
     for name in disks:
         disk = find_disk(name, inventory.disks, inventory.graph, where=monitor.where, empty=inventory.empty)
-        if not wished.allow_iothread:
+        if not wished.allow_iothread and IOTHREAD.name not in wished.allow:
             await require_no_iothread_bug(monitor, disk.node_name, inventory, deadline)
         planned.append(_planned(name, disk, inventory, nodes, wished))
     release = (monitor.version.qemu.major, monitor.version.qemu.minor)
-    recipe, why = choose_recipe(release, planned, protect_guest=wished.protect_guest, exact_chain=wished.exact_chain)
+    recipe, why = choose_recipe(
+        release,
+        planned,
+        protect_guest=wished.protect_guest,
+        exact_chain=wished.exact_chain,
+        allow=wished.allow,
+    )
     if recipe is Recipe.SNAPSHOT and wished.scratch_dir is None:
         raise ScratchError(
             "no place for the overlays that the guest will write into",

@@ -218,13 +218,14 @@ class _Holder:
             try:
                 yield
                 await self._require_jobs()
+                self._require_no_failure()
             except asyncio.CancelledError:
                 if self.failure is None or (body is not None and body.uncancel() > 0):
                     raise
                 raise self.failure from None
             except QmpnbdError as error:
                 # An export that was cut off is a consequence; why it was is what the caller must hear.
-                if self.failure is None:
+                if self.failure is None or self.failure is error:
                     raise
                 raise self.failure from error
             finally:
@@ -261,6 +262,11 @@ class _Holder:
         }
         for job in self._jobs - running:
             raise self._ended(job)
+
+    def _require_no_failure(self) -> None:
+        """Has a body that nobody could cancel, or that went on all the same, hear of a failure in the end."""
+        if self.failure is not None:
+            raise self.failure
 
     def _ended(self, job: str) -> InterferenceError:
         return InterferenceError(

@@ -67,6 +67,15 @@ class Peer:
                 found.add(identity_of(Path(f"/proc/{self.pid}/fd/{descriptor}").stat()))
         return frozenset(found)
 
+    def open_sockets(self) -> frozenset[int]:
+        """Returns the inodes of the sockets that it has open; none if it is not told."""
+        found = set()
+        with contextlib.suppress(OSError):
+            for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
+                with contextlib.suppress(OSError, ValueError):  # closed meanwhile, or no socket
+                    found.add(int(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]")))
+        return frozenset(found)
+
 
 def identity_of(status: os.stat_result) -> FileIdentity:
     """Returns what is equal for two names of one file."""

@@ -230,6 +230,11 @@ async def _thaw(agent: Agent, entry: JournalEntry) -> int:
     return thawed
 
 
+def frozen_leftovers(journal: AgentJournal) -> list[str]:
+    """Returns the addresses of the agents whose guests killed runs may have left frozen."""
+    return [entry.agent for entry in journal.leftovers()]
+
+
 async def thaw_leftovers(journal: AgentJournal, tell: Callable[[str], None]) -> list[str]:
     """Thaws the guests that killed runs left frozen.
 

@@ -20,7 +20,7 @@ Each gives one instant over several disks on stock QEMU. ``D`` is a disk's forma
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qmpnbd.errors import UsageError
@@ -43,6 +43,9 @@ from qmpnbd.qmp.undo import (
 
 CBW_TIMEOUT_SECONDS = 30
 """How long a guest's write may wait for the scratch before the point in time is given up instead."""
+
+BREAK_SNAPSHOT_SINCE = (7, 1)
+"""Before, no filter lets the guest's write pass when the scratch fails (capability ``break-snapshot``)."""
 
 _SCRATCH_CLUSTER = 65536
 _MARKER_TYPE = "throttle-group"  # an object that costs nothing and does nothing, in every release
@@ -72,7 +75,12 @@ class Surroundings:
 
 
 def choose_recipe(
-    release: tuple[int, int], disks: Sequence[PlannedDisk], *, protect_guest: bool, exact_chain: bool
+    release: tuple[int, int],
+    disks: Sequence[PlannedDisk],
+    *,
+    protect_guest: bool,
+    exact_chain: bool,
+    allow: Collection[str] = (),
 ) -> tuple[Recipe, str]:
     """Chooses how to take a point in time.
 
@@ -81,6 +89,7 @@ def choose_recipe(
         disks: what takes part.
         protect_guest: a scratch that fails must not fail the guest's writes; costs a pause of some milliseconds.
         exact_chain: the very chain of the instant must be visible, not an overlay above it.
+        allow: names of hazards to take the risk of.
 
     Returns:
         The recipe, and the reason in words.
@@ -90,7 +99,11 @@ def choose_recipe(
     if not protect_guest:
         return Recipe.BACKUP, "one transaction takes all disks without a pause; the scratch space is watched"
     trusted = SNAPSHOT_ACCESS.fixed
-    if release < trusted:
+    protects = "if the scratch space fails, the point in time is lost, not a write of the guest"
+    risked = BREAK_SNAPSHOT_SINCE <= release < trusted and SNAPSHOT_ACCESS.name in allow
+    if risked:
+        protects += f"; QEMU {release[0]}.{release[1]} {SNAPSHOT_ACCESS.what}, which was allowed"
+    if release < trusted and not risked:
         return Recipe.BACKUP, (
             f"QEMU {release[0]}.{release[1]} cannot protect the guest: snapshot-access serves wrong data before "
             f"{trusted[0]}.{trusted[1]}; the scratch space is watched instead"
@@ -98,7 +111,7 @@ def choose_recipe(
     free = [disk.name for disk in disks if not disk.qom_path]
     if free:
         return Recipe.BACKUP, f"no device stands on {', '.join(free)}, so no filter can be put under one"
-    return Recipe.COPY_BEFORE_WRITE, "if the scratch space fails, the point in time is lost, not a write of the guest"
+    return Recipe.COPY_BEFORE_WRITE, protects
 
 
 def make_plan(recipe: Recipe, why: str, disks: Sequence[PlannedDisk], around: Surroundings) -> Plan:
@@ -207,8 +220,10 @@ class _Recipe(ABC):
     def export(self, name: str, node_name: str, bitmaps: Sequence[object] = ()) -> Step:
         """Exports a node."""
         more = {"bitmaps": list(bitmaps)} if bitmaps else {}
+        # A scratch image's depths are not the disk's: offered only to who composes the two.
+        depth = self.around.depth or self.depth_is_exact
         added = command(
-            "block-export-add", type="nbd", id=name, name=name, node_name=node_name, allocation_depth=True, **more
+            "block-export-add", type="nbd", id=name, name=name, node_name=node_name, allocation_depth=depth, **more
         )
         return Step(added, (RemoveExport(name),))
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import CommandFailedError, LeftBehindError
+from qmpnbd.errors import LeftBehindError
 from qmpnbd.qmp.credentials import read_objects
 from qmpnbd.qmp.inventory import guest_status, read_exports, read_inventory, read_nodes
 from qmpnbd.qmp.jobs import read_jobs
 from qmpnbd.qmp.leftovers import Contents, Thing, things_by_run, undo_of
 from qmpnbd.qmp.monitor import Monitor
-from qmpnbd.qmp.naming import PREFIX
 from qmpnbd.qmp.rundir import RunDirectory, dead_runs, is_alive
 from qmpnbd.qmp.scratch import noted_images
-from qmpnbd.qmp.server import STOP_SECONDS, is_ours, stop_server
+from qmpnbd.qmp.server import STOP_SECONDS, is_ours, lost_server, stop_lost_server, stop_server
 from qmpnbd.qmp.teardown import TakeDown
 from qmpnbd.qmp.undo import StopServer, Undo
 from qmpnbd.qmp.undoing import take_down
@@ -112,21 +111,6 @@ async def read_runs(monitor: Monitor, base: str | None, deadline: Deadline) -> l
 def _state_of(run: str, base: str | None) -> State:
     alive = is_alive(run, base)
     return State.UNKNOWN if alive is None else State.ALIVE if alive else State.DEAD
-
-
-async def nbd_server_runs(monitor: Monitor, deadline: Deadline) -> bool:
-    """Returns whether QEMU's NBD server runs. QEMU cannot be asked, so one is started on nothing, which fails anyhow.
-
-    Raises:
-        MonitorError: QEMU is gone.
-        DeadlineError: no reply in time.
-    """
-    nothing = {"type": "fd", "data": {"str": f"{PREFIX}-probe"}}
-    try:
-        await monitor.execute("nbd-server-start", {"addr": nothing}, deadline=deadline)
-    except CommandFailedError as error:
-        return "already running" in error.description
-    return True
 
 
 async def remove_leftovers(monitor: Monitor, base: str | None, deadline: Deadline) -> list[str]:
@@ -232,6 +216,8 @@ class _RunRecovery:
             ours = await is_ours(self.monitor, self.directory, deadline)
             if ours or (found and self.directory.listener() is not None):
                 failed += await self._server(self.directory)
+        else:
+            failed += await self._lost_server(deadline)
         self.recovery.left += failed
 
     async def _undo(self, deadline: Deadline) -> list[Undo]:
@@ -249,15 +235,31 @@ class _RunRecovery:
         return steps.left
 
     async def _server(self, directory: RunDirectory) -> list[str]:
-        server = StopServer(str(directory.socket_path))
+        async def stop(deadline: Deadline) -> bool:
+            return await stop_server(self.monitor, directory, deadline, ours=True)
+
+        return await self._stopped(str(directory.socket_path), stop)
+
+    async def _lost_server(self, deadline: Deadline) -> list[str]:
+        path = await lost_server(self.monitor, self.run, deadline)
+        if path is None:
+            return []
+
+        async def stop(deadline: Deadline) -> bool:
+            return await stop_lost_server(self.monitor, self.run, path, deadline)
+
+        return await self._stopped(path or "a place that is not known", stop)
+
+    async def _stopped(self, where: str, stop: Callable[[Deadline], Awaitable[bool]]) -> list[str]:
+        server = StopServer(where)
         steps = TakeDown(self.monitor.is_gone)
 
-        async def stop(deadline: Deadline) -> None:
-            if await stop_server(self.monitor, directory, deadline, ours=True):
+        async def work(deadline: Deadline) -> None:
+            if await stop(deadline):
                 self.recovery.removed.append((self.run, server))
 
         if self.dry_run:
             self.recovery.removed.append((self.run, server))
         else:
-            await steps.step(str(server), stop, STOP_SECONDS)
+            await steps.step(str(server), work, STOP_SECONDS)
         return steps.left

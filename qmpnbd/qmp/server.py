@@ -29,9 +29,9 @@ from qmpnbd.qmp.address import TcpAddress, UnixAddress
 from qmpnbd.qmp.capabilities import SERVER_STOP
 from qmpnbd.qmp.credentials import ServerTls, add_credentials, add_object, read_objects, remove_object
 from qmpnbd.qmp.inventory import read_exports
-from qmpnbd.qmp.listeners import free_port, has_clients, listening, remove_socket
+from qmpnbd.qmp.listeners import free_port, has_clients, listening, listens_in, remove_socket
 from qmpnbd.qmp.monitor import Monitor, finish
-from qmpnbd.qmp.naming import authorization_object, credentials_object, run_of, server_object
+from qmpnbd.qmp.naming import authorization_object, credentials_object, run_directory_name, run_of, server_object
 from qmpnbd.qmp.refusals import explained
 from qmpnbd.qmp.rundir import RunDirectory
 
@@ -40,7 +40,9 @@ STOP_SECONDS = 15.0
 
 _TRIES = 5
 _LOOK_SECONDS = 0.02
-_PROBE = "qmpnbd-probe"
+PROBE_ADDRESS = {"type": "fd", "data": {"str": "qmpnbd-probe"}}
+"""A descriptor that QEMU does not have: no server ever starts on it."""
+
 _PASSED = "qmpnbd-nbd"
 
 Listen = UnixAddress | TcpAddress
@@ -92,7 +94,8 @@ async def start_server(
 async def _start(
     monitor: Monitor, directory: RunDirectory, listen: TcpAddress | None, tls: ServerTls | None, deadline: Deadline
 ) -> Listen:
-    await _require_no_server(monitor, deadline)
+    if await nbd_server_runs(monitor, deadline):
+        raise await _busy(monitor, deadline)
     wanted = listen or UnixAddress(str(directory.socket_path))
     try:
         await _mark(monitor, directory.run, deadline)
@@ -106,14 +109,18 @@ async def _start(
         raise
 
 
-async def _require_no_server(monitor: Monitor, deadline: Deadline) -> None:
-    """Asks without side effect: a server on a descriptor that QEMU does not have starts in no case."""
-    address = {"type": "fd", "data": {"str": _PROBE}}
+async def nbd_server_runs(monitor: Monitor, deadline: Deadline) -> bool:
+    """Returns whether QEMU's NBD server runs. QEMU cannot be asked, so one is started on nothing, which fails anyhow.
+
+    Raises:
+        MonitorError: QEMU is gone.
+        DeadlineError: no reply in time.
+    """
     try:
-        await monitor.execute("nbd-server-start", {"addr": address}, deadline=deadline)
+        await monitor.execute("nbd-server-start", {"addr": PROBE_ADDRESS}, deadline=deadline)
     except CommandFailedError as error:
-        if "already running" in error.description:
-            raise await _busy(monitor, deadline) from error
+        return "already running" in error.description
+    return True
 
 
 async def _busy(monitor: Monitor, deadline: Deadline) -> ServerBusyError:
@@ -211,11 +218,41 @@ async def stop_server(
         DeadlineError: no reply in time.
     """
     address = listens or UnixAddress(str(directory.socket_path))
-    return await finish(_stop(monitor, directory, address, deadline, ours=ours))
+    known = ours or await is_ours(monitor, directory, deadline)
+    return await finish(_stop(monitor, directory.run, address, deadline, ours=known))
 
 
-async def _stop(monitor: Monitor, directory: RunDirectory, listens: Listen, deadline: Deadline, *, ours: bool) -> bool:
-    if ours or await is_ours(monitor, directory, deadline):
+async def lost_server(monitor: Monitor, run: str, deadline: Deadline) -> str | None:
+    """Returns where the NBD server of a run listens whose directory is gone, None if this QEMU's is not that run's.
+
+    It is if the run's marker is in this QEMU, or if QEMU listens on the socket that was in that directory. Where it
+    listens may be unknown: empty.
+
+    Raises:
+        MonitorLostError: the connection ended.
+        DeadlineError: no reply in time.
+    """
+    path = listens_in(monitor.peer, run_directory_name(run)) if monitor.peer is not None else None
+    if path is not None:
+        return path.path
+    return "" if server_object(run) in await read_objects(monitor, deadline) else None
+
+
+async def stop_lost_server(monitor: Monitor, run: str, socket_path: str, deadline: Deadline) -> bool:
+    """Stops what `lost_server` has found, unless others have exports in it.
+
+    Raises:
+        UnsafeOperationError: a client is connected, or may be, that this QEMU would wait for with all else stopped.
+        MonitorError: QEMU refused or is gone.
+        DeadlineError: no reply in time.
+    """
+    listens = UnixAddress(socket_path) if socket_path else None
+    runs = await nbd_server_runs(monitor, deadline)
+    return await finish(_stop(monitor, run, listens, deadline, ours=runs))
+
+
+async def _stop(monitor: Monitor, run: str, listens: Listen | None, deadline: Deadline, *, ours: bool) -> bool:
+    if ours:
         if any(export.type == "nbd" for export in await read_exports(monitor, deadline)):
             return False  # stopping would cut off the clients of exports that are not ours
         await _until_no_client(monitor, listens, deadline)
@@ -224,9 +261,10 @@ async def _stop(monitor: Monitor, directory: RunDirectory, listens: Listen, dead
         except CommandFailedError as error:
             if "not running" not in error.description:
                 raise
-    await _remove_objects(monitor, directory.run, deadline)
+    await _remove_objects(monitor, run, deadline)
     # Of a socket that was handed over, QEMU may be unable to remove the name.
-    remove_socket(UnixAddress(str(directory.socket_path)))
+    if isinstance(listens, UnixAddress):
+        remove_socket(listens)
     return True
 
 
@@ -243,7 +281,7 @@ async def is_ours(monitor: Monitor, directory: RunDirectory, deadline: Deadline)
     return listener is not None and monitor.peer is not None and listener.pid == monitor.peer.pid
 
 
-async def _until_no_client(monitor: Monitor, listens: Listen, deadline: Deadline) -> None:
+async def _until_no_client(monitor: Monitor, listens: Listen | None, deadline: Deadline) -> None:
     """Waits until nobody is connected, where QEMU would hang otherwise.
 
     Measured: when its server is stopped, 7.2.22 waits for clients in option haggling while its main loop stands still,
@@ -252,6 +290,12 @@ async def _until_no_client(monitor: Monitor, listens: Listen, deadline: Deadline
     """
     if not SERVER_STOP.applies(monitor.version):
         return
+    if listens is None:
+        raise UnsafeOperationError(
+            "where the NBD server listens is not known, and this QEMU would hang if a client is connected",
+            where=monitor.where,
+            remedy="Make sure that no client is, then run nbd-server-stop in the monitor.",
+        )
     while has_clients(listens):
         try:
             left = deadline.remaining("the last NBD client to leave", monitor.where)

@@ -177,6 +177,29 @@ class RemoveBitmap:
 
 
 @dataclass(frozen=True, slots=True)
+class AbortCheckpoint:
+    """Merge back what a checkpoint recorded that its run has not decided about.
+
+    Attributes:
+        run: the run that began it.
+        what: the checkpoint, in words.
+        actions: of the transaction.
+    """
+
+    run: str
+    what: str
+    actions: tuple[Mapping[str, object], ...]
+
+    def __str__(self) -> str:
+        return f"{self.what}, begun by run {self.run}"
+
+    @property
+    def commands(self) -> tuple[Command, ...]:
+        """What QEMU is told; planned anew when it is done, since bitmaps may be in use until then."""
+        return (command("transaction", actions=list(self.actions)),)
+
+
+@dataclass(frozen=True, slots=True)
 class Resume:
     """Let a guest run on that we paused, if we did: an object of ours in QEMU says so.
 
@@ -256,6 +279,7 @@ Undo: TypeAlias = (
     | RestoreDrive
     | DeleteNode
     | RemoveBitmap
+    | AbortCheckpoint
     | Resume
     | RetryInputOutput
     | DeleteObject

@@ -8,7 +8,7 @@ from typing import assert_never
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError, InterferenceError, LeftBehindError, MonitorLostError
-from qmpnbd.qmp.bitmaps import remove_bitmap
+from qmpnbd.qmp.bitmaps import remove_bitmap, transact
 from qmpnbd.qmp.credentials import read_objects
 from qmpnbd.qmp.exports import remove_export
 from qmpnbd.qmp.graph import below
@@ -21,7 +21,9 @@ from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.scratch import is_committed, note_committed, remove_image
 from qmpnbd.qmp.server import stop_server
 from qmpnbd.qmp.teardown import TEARDOWN_SECONDS
+from qmpnbd.qmp.undecided import undecided_of
 from qmpnbd.qmp.undo import (
+    AbortCheckpoint,
     CancelJob,
     Command,
     CommitOverlay,
@@ -88,11 +90,12 @@ async def _take_down(monitor: Monitor, undo: Undo, directory: RunDirectory | Non
             await _unless_gone(monitor, undo.commands[0], deadline)
         case RemoveBitmap():
             await remove_bitmap(monitor, undo.node_name, undo.name, deadline)
+        case AbortCheckpoint():
+            await _abort_checkpoint(monitor, undo, deadline)
         case Resume():
             await _resume(monitor, undo, deadline)
         case RetryInputOutput():
-            if await guest_status(monitor, deadline) == _IO_ERROR:
-                await send(monitor, undo.commands[0], deadline)
+            await _retry(monitor, undo, deadline)
         case RemoveFile():
             await _remove_file(monitor, undo, directory, deadline)
         case _:
@@ -167,12 +170,23 @@ async def _restore_drive(monitor: Monitor, undo: RestoreDrive, deadline: Deadlin
             )
 
 
+async def _abort_checkpoint(monitor: Monitor, undo: AbortCheckpoint, deadline: Deadline) -> None:
+    undecided = undecided_of(undo.run, await read_nodes(monitor, deadline))
+    if undecided is not None:
+        await transact(monitor, undecided.abort(), deadline)
+
+
 async def _resume(monitor: Monitor, undo: Resume, deadline: Deadline) -> None:
     if undo.marker not in await read_objects(monitor, deadline):
         return
     if await guest_status(monitor, deadline) == _PAUSED:
         await send(monitor, undo.commands[0], deadline)
     await _unless_gone(monitor, undo.commands[1], deadline)
+
+
+async def _retry(monitor: Monitor, undo: RetryInputOutput, deadline: Deadline) -> None:
+    if await guest_status(monitor, deadline) == _IO_ERROR:
+        await send(monitor, undo.commands[0], deadline)
 
 
 async def _remove_file(monitor: Monitor, undo: RemoveFile, directory: RunDirectory | None, deadline: Deadline) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from qmpnbd.export.session import Export, Image, Session
 from qmpnbd.printable import printable as shown
 from qmpnbd.qmp.address import MonitorAddress
+from qmpnbd.qmp.checkpoint_at import BegunCheckpoint
 from qmpnbd.qmp.pointintime import Statement
 from qmpnbd.report.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP
-from qmpnbd.report.model import DiskExportEntry, ExportDocument, InstantEntry
+from qmpnbd.report.model import BegunCheckpointEntry, DiskExportEntry, ExportDocument, IncrementEntry, InstantEntry
 from qmpnbd.report.text import human_size
 
 URI = "QMPNBD_URI"
@@ -47,6 +48,27 @@ def export_document(
         consistent=session.consistent,
         exports=tuple(_entry(each, contexts, writable=writable) for each in session.exports),
         instant=None if session.statement is None else _instant(session.statement),
+        checkpoint=None if session.checkpoint is None else _checkpoint(session.checkpoint),
+    )
+
+
+def _checkpoint(begun: BegunCheckpoint) -> BegunCheckpointEntry:
+    return BegunCheckpointEntry(
+        chain=begun.chain,
+        number=begun.number,
+        backup=begun.backup,
+        disks=tuple(
+            IncrementEntry(
+                disk=each.disk,
+                bitmap=each.bitmap,
+                base=each.base.number if each.base else None,
+                increment=each.increment,
+                reason=each.reason,
+                remedy=each.remedy,
+                transient_because=each.transient_because,
+            )
+            for each in begun.disks
+        ),
     )
 
 
@@ -113,8 +135,22 @@ def export_text(document: ExportDocument) -> str:
         lines.append("consistent: yes, nothing writes to what is exported")
     else:
         lines.append("consistent: no, the exports move with the guest: what is read is of no one instant")
+    lines += [shown(line) for line in _checkpoint_text(document.checkpoint)]
     for each in document.exports:
         access = "read-only" if each.read_only else "WRITABLE"
         lines += ["", shown(f"disk {each.disk} (node {each.node_name}): {human_size(each.size)}, {access}")]
         lines += [f"  {each.uri}", *(f"  {shown(context)}" for context in each.contexts)]
     return "\n".join(lines) + "\n"
+
+
+def _checkpoint_text(begun: BegunCheckpointEntry | None) -> Iterator[str]:
+    if begun is None:
+        return
+    yield f"checkpoint {begun.number} of chain {begun.chain} began"
+    for each in begun.disks:
+        told = f"full: {each.reason}. {each.remedy}"
+        if each.base is not None:
+            told = f"increment since {each.base}: in {', '.join(each.increment)}"
+        yield f"  disk {each.disk}: {told}"
+        if each.transient_because:
+            yield f"  disk {each.disk}: the checkpoint is transient: {each.transient_because}"

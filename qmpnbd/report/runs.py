@@ -54,6 +54,8 @@ def recover_text(document: RecoverDocument) -> str:
     """Returns what was taken down, or would be."""
     did = "would take down" if document.dry_run else "took down"
     lines = [f"{did}: {shown(entry.what)} (run {entry.run})" for entry in document.taken_down]
+    thaws = "would thaw" if document.dry_run else "thawed"
+    lines += [f"{thaws}: the guest of the agent {shown(agent)}" for agent in document.thawed]
     lines += [f"run {run} lives, and was left alone" for run in document.alive]
     if not lines and not document.unknown and not document.left_behind:
         lines = ["Nothing of a killed qmpnbd is in this QEMU."]

@@ -19,7 +19,13 @@ from qmpnbd.report.model.checkpoints import (
 )
 from qmpnbd.report.model.disks import DiskEntry, DisksDocument, NodeEntry
 from qmpnbd.report.model.error import ErrorDocument
-from qmpnbd.report.model.export import DiskExportEntry, ExportDocument, InstantEntry
+from qmpnbd.report.model.export import (
+    BegunCheckpointEntry,
+    DiskExportEntry,
+    ExportDocument,
+    IncrementEntry,
+    InstantEntry,
+)
 from qmpnbd.report.model.graph import (
     ChildEntry,
     DepthEntry,
@@ -50,6 +56,7 @@ from qmpnbd.report.model.validate import (
 
 __all__ = [
     "DOCUMENTS",
+    "BegunCheckpointEntry",
     "BitmapEntry",
     "BitmapsDocument",
     "ChainDocument",
@@ -83,6 +90,7 @@ __all__ = [
     "GraphDiskEntry",
     "GraphDocument",
     "GraphNodeEntry",
+    "IncrementEntry",
     "InfoDocument",
     "InstantEntry",
     "LayerEntry",

@@ -59,6 +59,44 @@ class InstantEntry(Part):
     paused_ms: float
 
 
+class IncrementEntry(Part):
+    """A disk's part in the checkpoint that began.
+
+    Attributes:
+        disk: the disk.
+        bitmap: the bitmap that records from the instant on; empty for a disk that is read-only.
+        base: number of the checkpoint that the increment counts from; null for a full backup.
+        increment: the exported bitmaps whose union is the increment.
+        reason: why full; empty for an increment.
+        remedy: what to do about it.
+        transient_because: why `bitmap` vanishes with QEMU; empty if it persists.
+    """
+
+    disk: str
+    bitmap: str
+    base: int | None
+    increment: tuple[str, ...]
+    reason: str
+    remedy: str
+    transient_because: str
+
+
+class BegunCheckpointEntry(Part):
+    """The checkpoint that began at the instant.
+
+    Attributes:
+        chain: the chain of backups.
+        number: of the checkpoint.
+        backup: id of the backup that begins with it; it is in the bitmaps' names.
+        disks: each disk's part.
+    """
+
+    chain: str
+    number: int
+    backup: str
+    disks: tuple[IncrementEntry, ...]
+
+
 class ExportDocument(Document):
     """What ``qmpnbd export`` tells when everything is up.
 
@@ -70,6 +108,7 @@ class ExportDocument(Document):
         consistent: whether the exports show one instant that stays readable; if not, they move with the guest.
         exports: the exports.
         instant: the point in time that they show; null if they show none.
+        checkpoint: the checkpoint that began at that instant; null if none did.
     """
 
     schema_: Literal["qmpnbd.export/1"] = Field(default="qmpnbd.export/1", alias="schema")
@@ -80,3 +119,4 @@ class ExportDocument(Document):
     consistent: bool
     exports: tuple[DiskExportEntry, ...]
     instant: InstantEntry | None
+    checkpoint: BegunCheckpointEntry | None

@@ -30,6 +30,7 @@ class RecoverDocument(Document):
         monitor: the QMP address.
         dry_run: nothing was done: `taken_down` is what would be.
         taken_down: what was taken down, in order.
+        thawed: guest agents whose guests a killed run had left frozen, and are thawed; in a dry run, may be frozen.
         left_behind: what could not be, with the reason.
         unknown: runs that were left alone because it is not known whether they live.
         alive: runs that were left alone because they live.
@@ -39,6 +40,7 @@ class RecoverDocument(Document):
     monitor: str
     dry_run: bool
     taken_down: tuple[TakenDownEntry, ...]
+    thawed: tuple[str, ...]
     left_behind: tuple[str, ...]
     unknown: tuple[str, ...]
     alive: tuple[str, ...]
