@@ -5,6 +5,8 @@
     writer     sequential and random writes, zeroes, discards; without a pause, at --rate
     snapshots  an overlay is put on top, and committed again, at any moment (also in the middle of a validation)
     faults     now and then an entry of a table is spoilt behind QEMU's back: it must be found, there and nowhere else
+    instants   now and then all of it at a point in time, and a bitmap must know what changed since an earlier one;
+               some of these bitmaps are cleared meanwhile, which must be found
 
 The disk is a storage daemon's, which does with it what a QEMU with a guest does. In a part of the disk nobody writes,
 and there the faults are put. Counted are false alarms (a discrepancy that is none) and faults that were missed; ends
@@ -34,6 +36,7 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError, NoSuchDiskError, QmpnbdError
 from qmpnbd.nbd.client import Client
 from qmpnbd.qmp.monitor import Monitor
+from qmpnbd.qmp.planning import Wishes
 from qmpnbd.report.model import DiskReport
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.run import Options, validate_disks
@@ -43,6 +46,8 @@ CLUSTER = 65536
 _HOST = 0x00FF_FFFF_FFFF_FE00
 _SECONDS = 120.0
 _POLL_SECONDS = 0.02
+_BITMAP = "soak"
+_CHANGE_SECONDS = 0.5
 
 
 @dataclass
@@ -50,6 +55,8 @@ class Counts:
     """What happened.
 
     Attributes:
+        turns: times something was begun.
+        instants: validations at a point in time.
         validations: those that ended with a verdict on the disk.
         moved: those that could not begin, because the node had just gone.
         incomplete: those that could not judge everything.
@@ -57,12 +64,14 @@ class Counts:
         graph: validations in which the graph never stood still.
         snapshots: overlays put on top.
         commits: overlays committed.
-        faults: entries spoilt.
+        faults: entries and bitmaps spoilt.
         alarms: false alarms, in words.
         missed: faults that were not found, in words.
         written: bytes that the guest wrote, zeroed or discarded.
     """
 
+    turns: int = 0
+    instants: int = 0
     validations: int = 0
     moved: int = 0
     incomplete: int = 0
@@ -183,7 +192,8 @@ class Snapshots:
                 else:
                     await self._commit()
 
-    async def _execute(self, command: str, **arguments: Any) -> Any:
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Executes a command on the monitor of whoever manages the disk."""
         names = {name.replace("_", "-"): value for name, value in arguments.items()}
         return await self._monitor.execute(command, names, deadline=Deadline(_SECONDS))
 
@@ -194,20 +204,20 @@ class Snapshots:
         command = ("qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size))
         await asyncio.to_thread(subprocess.run, command, check=True)
         file = {"driver": "file", "filename": str(path)}
-        await self._execute("blockdev-add", driver="qcow2", node_name=name, backing=None, discard="unmap", file=file)
-        await self._execute("blockdev-snapshot", node=self._stack[-1], overlay=name)
+        await self.execute("blockdev-add", driver="qcow2", node_name=name, backing=None, discard="unmap", file=file)
+        await self.execute("blockdev-snapshot", node=self._stack[-1], overlay=name)
         self._stack.append(name)
         self._counts.snapshots += 1
 
     async def _node(self, name: str) -> Any:
-        nodes = await self._execute("query-named-block-nodes", flat=True)
+        nodes = await self.execute("query-named-block-nodes", flat=True)
         return next(node for node in nodes if node["node-name"] == name)
 
     async def _commit(self) -> None:
         over, below = self._stack[-1], self._stack[-2]
-        await self._execute("block-commit", job_id="commit", device=over, top_node=over, base_node=below)
+        await self.execute("block-commit", job_id="commit", device=over, top_node=over, base_node=below)
         await self._reached("ready")
-        await self._execute("job-complete", id="commit")
+        await self.execute("job-complete", id="commit")
         await self._reached("null")
         self._stack.pop()
         await self._deleted(over)
@@ -218,7 +228,7 @@ class Snapshots:
         """Deletes a node; a validation that is under way may still have an export on it."""
         for _ in range(round(_SECONDS / _POLL_SECONDS)):
             try:
-                await self._execute("blockdev-del", node_name=node)
+                await self.execute("blockdev-del", node_name=node)
             except CommandFailedError as error:
                 if "in use" not in error.description:
                     raise
@@ -230,7 +240,7 @@ class Snapshots:
     async def _reached(self, wanted: str) -> None:
         """Waits for a status of the commit; one that has ended is not listed any more."""
         for _ in range(round(_SECONDS / _POLL_SECONDS)):
-            jobs = await self._execute("query-jobs")
+            jobs = await self.execute("query-jobs")
             status = next((job["status"] for job in jobs if job["id"] == "commit"), "null")
             if status == wanted:
                 return
@@ -241,7 +251,7 @@ class Snapshots:
 
     async def active(self) -> str:
         """Returns the node that the guest's export stands on now."""
-        exports = await self._execute("query-block-exports")
+        exports = await self.execute("query-block-exports")
         return next(export["node-name"] for export in exports if export["id"] == "guest")
 
 
@@ -310,13 +320,45 @@ class Soak:
                 await asyncio.gather(task, return_exceptions=True)
 
     async def _once(self, snapshots: Snapshots) -> None:
-        if self.counts.validations % 4 == 3:
+        turn = self.counts.turns % 6
+        self.counts.turns += 1
+        if turn == 3:
             async with snapshots.lock:  # a fault must be there for a whole validation, on a chain that stands still
                 await self._with_fault(snapshots)
+        elif turn == 5:
+            async with snapshots.lock:  # a disk that a job works on has no point in time
+                await self._at_instant(snapshots)
         else:
             disk = await self._validated(snapshots)
             if disk is not None and disk.discrepancy_count:
                 self.counts.alarms.append(_words(disk))
+
+    async def _at_instant(self, snapshots: Snapshots) -> None:
+        """Validates at a point in time, with a bitmap that must know what changed, unless it is spoilt."""
+        node, spoil = await snapshots.active(), self._dice.random() < 0.5
+        await snapshots.execute("block-dirty-bitmap-add", node=node, name=_BITMAP)
+        clearing = asyncio.create_task(self._cleared_again_and_again(snapshots, node)) if spoil else None
+        try:
+            wishes = Wishes(scratch_dir=str(self._folder))
+            disk = await self._validated(snapshots, instant=wishes, change_seconds=_CHANGE_SECONDS)
+        finally:
+            if clearing is not None:
+                clearing.cancel()
+                await asyncio.gather(clearing, return_exceptions=True)
+            await snapshots.execute("block-dirty-bitmap-remove", node=node, name=_BITMAP)
+        self.counts.instants += 1
+        self.counts.faults += spoil
+        found = [] if disk is None else disk.discrepancies
+        missing = [each for each in found if each.finding == "bitmap-misses-change"]
+        if spoil and not missing:
+            self.counts.missed.append("a bitmap that was cleared")
+        if disk is not None and (len(missing) < len(found) or (missing and not spoil)):
+            self.counts.alarms.append(f"at a point in time: {_words(disk)}")
+
+    async def _cleared_again_and_again(self, snapshots: Snapshots, node: str) -> None:
+        while True:
+            await snapshots.execute("block-dirty-bitmap-clear", node=node, name=_BITMAP)
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def _with_fault(self, snapshots: Snapshots) -> None:
         kind = self._dice.choice(("cleared", "zero flag"))
@@ -337,9 +379,16 @@ class Soak:
         if len(inside) < len(disk.discrepancies):
             self.counts.alarms.append(f"beside a fault at {offset}: {_words(disk)}")
 
-    async def _validated(self, snapshots: Snapshots) -> DiskReport | None:
+    async def _validated(
+        self, snapshots: Snapshots, *, instant: Wishes | None = None, change_seconds: float | None = None
+    ) -> DiskReport | None:
         options = Options(
-            seconds=_SECONDS, nbd=self._uri, runtime_dir=str(self._folder), choice=Choice(seed=self._seed())
+            seconds=_SECONDS,
+            nbd=self._uri,
+            runtime_dir=str(self._folder),
+            choice=Choice(seed=self._seed()),
+            instant=instant,
+            change_seconds=change_seconds,
         )
         try:
             node = await snapshots.active()
@@ -354,7 +403,7 @@ class Soak:
         self.counts.incomplete += disk.verdict == "incomplete"
         if disk.unfinished == "graph":
             self.counts.graph += 1
-        else:
+        elif instant is None:
             share = 1 - max((each.set_aside_bytes / max(each.bytes, 1) for each in disk.compared), default=0)
             self.counts.worst_share = min(self.counts.worst_share, share)
         return disk
@@ -389,6 +438,7 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     counts, seconds = soak.counts, time.monotonic() - began
     print(f"{seconds:.0f} s, {counts.validations} validations, {counts.moved} that could not begin")
+    print(f"at a point in time: {counts.instants} of them")
     print(f"guest: {counts.written / seconds / 1e6:.0f} MB/s, {counts.snapshots} snapshots, {counts.commits} commits")
     print(f"not everything judged: {counts.incomplete}, {counts.graph} of them because the graph never stood still")
     print(f"least judged of a disk whose graph stood still: {counts.worst_share:.4%}")

@@ -10,6 +10,7 @@ import numpy as np
 from qmpnbd.errors import ImageMissingError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.report.model import (
+    ComparedEntry,
     DepthTotal,
     DiscrepancyEntry,
     DiskReport,
@@ -95,6 +96,10 @@ def failed(name: str) -> DiskReport:
     return DiskReport(name=name, qom_path="", node_name=f"node of {name}", verdict="error", error=ErrorEntry.of(error))
 
 
+def waiting(name: str) -> DiskReport:
+    return DiskReport(name=name, qom_path="", node_name="", verdict="not-judged")
+
+
 def report(*disks: DiskReport, **more: Any) -> ValidationReport:
     settings = {"monitor": "/run/vm.qmp", "qemu": "7.2.0", "guest": "running", "started": "2025-03-04T05:06:07+00:00"}
     return ValidationReport(**{**settings, "verdict": worst(disks), "disks": disks, **more})
@@ -108,9 +113,21 @@ def sample(*, hostile: str = "") -> ValidationReport:
     found = DiscrepancyEntry(
         offset=4 * MIB, end=5 * MIB, served=1, computed=2, file=f"/images/middle{hostile}", why=steps
     )
+    bitmap = f"qemu:dirty-bitmap:{hostile}"
+    missed = DiscrepancyEntry(
+        offset=5 * MIB,
+        end=6 * MIB,
+        served=0,
+        computed=1,
+        file=None,
+        why=(),
+        compared=bitmap,
+        finding="bitmap-misses-change",
+    )
+    compared = ComparedEntry(what=bitmap, verdict="discrepancy", bytes=64 * MIB, discrepancy_bytes=MIB, note=hostile)
     return report(
         disk(f"vd0{hostile}", served, chain),
-        disk("vd1", served, chain, verdict="discrepancy", bad=[found]),
+        disk("vd1", served, chain, verdict="discrepancy", bad=[found, missed], compared=(compared,)),
         disk(
             "vd2",
             served,
@@ -120,6 +137,7 @@ def sample(*, hostile: str = "") -> ValidationReport:
             aside=[RangeEntry(offset=40 * MIB, end=48 * MIB)],
         ),
         failed(f"vd3{hostile}"),
+        waiting(f"vd4{hostile}"),
         monitor=f"/run/{hostile}",
         left_behind=(f"left {hostile}",),
     )

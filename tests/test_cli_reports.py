@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import junitparser
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from qmpnbd.cli import stream
 from qmpnbd.cli.reportfile import ReportFile
 from qmpnbd.errors import ReportFileError
 from qmpnbd.report.model import DiskLine, SummaryLine
@@ -79,6 +81,58 @@ class TestReportFile:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert [each.read_text() for each in tmp_path.iterdir()] == ["old"]
+
+    def test_what_a_killed_run_left_goes_and_nothing_else_does(self, tmp_path: Path) -> None:
+        """Not of a process that lives, not what somebody has locked, not of other reports, and no links."""
+        with subprocess.Popen([sys.executable, "-c", ""]) as child:
+            child.wait(30)
+        dead, mine = child.pid, os.getpid()
+        alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        names = [f".report.{dead}.part", f".report.{alive.pid}.part", ".report.x.part", f".other.{dead}.part"]
+        names += [f".report.{dead}.html.{dead}.part", f"report.{dead}.part"]
+        for name in names:
+            (tmp_path / name).write_text(name)
+        try:
+            with (tmp_path / names[0]).open() as locked:
+                fcntl.flock(locked, fcntl.LOCK_EX)
+                with ReportFile.open(str(tmp_path / "report")):
+                    assert (tmp_path / names[0]).exists()
+            with ReportFile.open(str(tmp_path / "report")) as file:
+                assert sorted(each.name for each in tmp_path.iterdir()) == sorted([*names[1:], f".report.{mine}.part"])
+                file.finish(["x"])
+            (tmp_path / names[0]).symlink_to("report")
+            with ReportFile.open(str(tmp_path / "report")):
+                assert (tmp_path / names[0]).is_symlink()
+        finally:
+            alive.communicate(b"\n", timeout=30)
+
+    def test_a_fifo_that_somebody_reads(self, tmp_path: Path) -> None:
+        """The reader may come later, and the report may be larger than what a FIFO holds."""
+        os.mkfifo(tmp_path / "fifo")
+        command = ["sh", "-c", 'sleep 0.2; wc -c < "$1"', "sh", str(tmp_path / "fifo")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as reader:
+            with ReportFile.open(str(tmp_path / "fifo")) as file:
+                file.finish(["x" * (1 << 20)])
+            assert int(reader.communicate(timeout=30)[0]) == 1 << 20
+
+    def test_a_fifo_that_nobody_reads_is_told_in_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stream, "READER_SECONDS", 0.2)
+        os.mkfifo(tmp_path / "fifo")
+        with pytest.raises(ReportFileError, match="nobody reads it"):
+            ReportFile(str(tmp_path / "fifo"))
+        reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+        with ReportFile.open(str(tmp_path / "fifo")) as file:
+            with pytest.raises(ReportFileError, match="nobody takes what is written"):
+                file.add("x" * (1 << 20))
+            os.close(reader)
+            with pytest.raises(ReportFileError, match="its reader is gone"):
+                file.add("x")
+
+    def test_a_block_device_is_refused_by_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stat, "S_ISBLK", lambda _: True)
+        (tmp_path / "report").write_text("x")
+        with pytest.raises(ReportFileError, match="that is a block device"):
+            ReportFile(str(tmp_path / "report"))
 
     def test_a_link_is_followed(self, tmp_path: Path) -> None:
         (tmp_path / "folder").mkdir()
@@ -204,20 +258,45 @@ def test_a_signal_leaves_reports_of_what_was_done(folder: Path, three_layers: Pa
                     lambda: any("schema" in path.read_text() for path in parts(folder, "ndjson")), "the first disk"
                 )
                 child.send_signal(signal.SIGINT)
-                child.communicate(timeout=30)
+                told, complaints = child.communicate(timeout=30)
             finally:
                 child.kill()
-        assert (child.returncode, server.exports()) == (130, [])
+        assert (child.returncode, server.exports()) == (130, []), complaints
     lines = (folder / "reports/report.ndjson").read_text().splitlines()
     assert [DiskLine.model_validate_json(line).disk.verdict for line in lines[:-1]] == ["agreed"]
     summary = SummaryLine.model_validate_json(lines[-1])
     assert summary.stopped is not None
-    assert (summary.verdict, summary.disks, summary.stopped.exit_code) == ("incomplete", {"agreed": 1}, 130)
+    counted = {"agreed": 1, "not-judged": 1}
+    assert (summary.verdict, summary.disks, summary.stopped.exit_code) == ("not-judged", counted, 130)
     (suite,) = junitparser.JUnitXml.fromfile(str(folder / "reports/report.junit"))
-    assert [(case.name, case.is_passed) for case in suite] == [("top", True), ("all disks were validated", False)]
+    passed = [("top", True), ("big", False), ("all disks were validated", False)]
+    assert [(case.name, case.is_passed) for case in suite] == passed
+    assert "disk top (node top): AGREED" in told
+    assert "disk big (node big): NOT JUDGED" in told
+    assert "stopped before all disks were validated" in told
     assert "ended before all disks" in (folder / "reports/report.html").read_text()
     assert "_complete{" in (folder / "reports/report.prometheus").read_text()
     assert len(list((folder / "reports").iterdir())) == 4
+
+
+@pytest.mark.real
+def test_a_guest_shows_how_far_it_is_and_ctrl_c_ends_it_with_what_is_known(folder: Path) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", folder / "big.qcow2", "512T")
+    leader, terminal = os.openpty()
+    with storage_daemon("--blockdev", blockdev(folder / "big.qcow2", "big")) as server:
+        command = [*COMMAND, "validate", "--qmp", str(server.qmp), "--json", "big"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True) as child:
+            os.close(terminal)
+            shown = b""
+            while b"0/1 disks" not in shown:
+                shown += os.read(leader, 4096)
+            child.send_signal(signal.SIGINT)
+            told, _ = child.communicate(timeout=30)
+        os.close(leader)
+        assert (child.returncode, server.exports()) == (130, [])
+    document = json.loads(told)
+    assert (document["verdict"], document["stopped"]["exit_code"]) == ("not-judged", 130)
+    assert [(disk["name"], disk["verdict"]) for disk in document["disks"]] == [("big", "not-judged")]
 
 
 def parts(folder: Path, form: str) -> list[Path]:
@@ -238,6 +317,8 @@ def test_after_kill_9_the_lines_of_what_was_done_are_beside(folder: Path, three_
     assert not place.exists()
     (beside,) = parts(folder, "ndjson")
     assert [DiskLine.model_validate_json(line).disk.name for line in beside.read_text().splitlines()] == ["top"]
+    with ReportFile.open(str(place)):
+        assert not beside.exists()
 
 
 def test_a_run_that_never_began_is_no_green_report(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from qmpnbd.validate.run import validate
+from qmpnbd.qmp.planning import Wishes
+from qmpnbd.validate.choice import Choice
+from qmpnbd.validate.run import Options, validate
 from tests.servers import Server, blockdev, qemu, qemu_img, qemu_io, wait_until
 from tests.test_vm_images import PACKAGES, ROOT, guest
 
@@ -97,6 +100,36 @@ def test_a_guest_that_writes_and_discards_as_hard_as_it_can_is_judged_nearly_who
         assert server.side("query-status")["status"] == "running"
     depth = [each for each in report.discrepancies if each.compared == "qemu:allocation-depth"]
     assert [(each.offset, each.end) for each in depth] == [((1 << 30) - 65536, 1 << 30)]
+
+
+@pytest.mark.parametrize("at_instant", [False, True], ids=["as it goes on", "at one instant"])
+def test_a_guest_whose_filesystem_is_trimmed_all_the_time_is_judged_nearly_whole(
+    folder: Path, *, at_instant: bool
+) -> None:
+    """fstrim on a mounted filesystem with files that come and go: discards of many ranges, as guests make them."""
+    base, disk = folder / "base.qcow2", folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", base, "256M")
+    qemu_io(base, "write -q -P 5 0 128M")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", disk, "256M")
+    devices = ["-blockdev", blockdev(disk, "top", discard="unmap"), "-device", "virtio-blk-pci,id=vd0,drive=top"]
+    choice = Options(instant=Wishes() if at_instant else None, choice=Choice(content="whole"))
+    with running(disk, *devices, write="files") as server:
+        serial = disk.with_suffix(".serial")
+
+        def trims() -> int:
+            return serial.read_text(errors="replace").count("qmpnbd-guest: trim")
+
+        for _ in range(3):
+            before = trims()
+            wait_until(lambda before=before: trims() > before + 1, "the guest to trim", 60)  # type: ignore[misc]
+            (report,) = validate(str(server.qmp), ["vd0"], choice).disks
+            assert report.discrepancy_count == 0, report.discrepancies[:2]
+            for entry in report.compared:
+                assert entry.set_aside_bytes <= entry.bytes // 20, entry
+        assert server.side("query-status")["status"] == "running"
+    told = serial.read_text(errors="replace")
+    assert "failed" not in told
+    assert sum(map(int, re.findall(r"(\d+) bytes trimmed", told))) > 256 << 20
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ DOORS |= {"images.qcow2_source", "images.qcow2_metadata", "images.tabled_source"
 DOORS |= {"images.block_source", "images.members"}
 """Layer 2; everything else below nbd, qmp and images is layer 1."""
 
-RUN_MODULES = {"validate.run", "validate.live", "validate.daemon", "validate.fleet"}
+RUN_MODULES = {"validate.run", "validate.live", "validate.daemon", "validate.fleet", "validate.instant_run"}
 RUN_MODULES |= {"control.populate", "export.session", "export.blocking"}
 RUN_MODULES |= {"backup.run", "backup.begin", "backup.machine", "backup.restore", "backup.verify", "backup.instantly"}
 """Of layer 3, those that may wait for something."""

@@ -76,8 +76,8 @@ class TestJunit:
     def test_each_disk_is_a_case_and_only_what_is_proven_is_green(self) -> None:
         (suite,) = junitparser.JUnitXml.fromstring(validation_junit(sample()).encode())
         cases = {case.name: [type(each).__name__ for each in case.result] for case in suite}
-        assert cases == {"vd0": [], "vd1": ["Failure"], "vd2": ["Error"], "vd3": ["Error"]}
-        assert (suite.tests, suite.failures, suite.errors, suite.skipped) == (4, 1, 2, 0)
+        assert cases == {"vd0": [], "vd1": ["Failure"], "vd2": ["Error"], "vd3": ["Error"], "vd4": ["Error"]}
+        assert (suite.tests, suite.failures, suite.errors, suite.skipped) == (5, 1, 3, 0)
         assert suite.timestamp == "2025-03-04T05:06:07"
 
     def test_a_run_that_was_stopped_is_not_green(self) -> None:
@@ -122,9 +122,10 @@ class TestPrometheus:
             for sample in families["qmpnbd_validate_verdict"].samples
             if sample.value
         }
-        assert verdicts == {"vd0": "agreed", "vd1": "discrepancy", "vd2": "incomplete", "vd3": "error"}
+        expected = ("agreed", "discrepancy", "incomplete", "error", "not-judged")
+        assert verdicts == {f"vd{number}": verdict for number, verdict in enumerate(expected)}
         found = {each.labels["disk"]: each.value for each in families["qmpnbd_validate_disk_discrepancy_bytes"].samples}
-        assert found == {"vd0": 0, "vd1": MIB, "vd2": 0}
+        assert found == {"vd0": 0, "vd1": 2 * MIB, "vd2": 0}
         seen = [each for each in families["qmpnbd_validate_layer_seen_bytes"].samples if each.labels["disk"] == "vd0"]
         assert [(each.labels["file"], each.value) for each in seen] == [
             ("/images/top", 8 * MIB),
@@ -150,13 +151,13 @@ class TestNdjson:
     def test_each_line_is_a_document_of_its_schema(self) -> None:
         whole = sample(hostile=HOSTILE)
         lines = [disk_line(each) for each in whole.disks] + [summary_line(whole)]
-        assert [line.count("\n") for line in lines] == [1] * 5
-        assert [DiskLine.model_validate_json(line).disk.name for line in lines[:4]] == [
+        assert [line.count("\n") for line in lines] == [1] * 6
+        assert [DiskLine.model_validate_json(line).disk.name for line in lines[:5]] == [
             each.name for each in whole.disks
         ]
         summary = SummaryLine.model_validate_json(lines[-1])
-        assert summary.disks == {"agreed": 1, "discrepancy": 1, "incomplete": 1, "error": 1}
-        assert [json.loads(line)["schema"] for line in lines[3:]] == [
+        assert summary.disks == {"agreed": 1, "discrepancy": 1, "incomplete": 1, "error": 1, "not-judged": 1}
+        assert [json.loads(line)["schema"] for line in lines[4:]] == [
             "qmpnbd.validate-disk/1",
             "qmpnbd.validate-summary/1",
         ]
@@ -203,6 +204,16 @@ class TestHtml:
             "in no layer8 MiB",
         ):
             assert words in text
+
+    def test_what_differs_is_called_by_its_name(self) -> None:
+        """A bitmap's 1 is no depth, and a disk whose turn did not come has neither layers nor a size."""
+        text = re.sub(r"\s+", " ", Elements(page(sample())).text)
+        assert "bitmap-misses-change: qemu:dirty-bitmap:0 clean1 dirty" in text
+        assert "depth1 local2 backing depth 2middle" in text
+        assert text.count("Layers") == 3
+        last = page(report(sample().disks[4]))
+        assert "1 disk: its turn did not come" in last
+        assert "0 B" not in last
 
     def test_the_page_is_bounded_whatever_the_disks_look_like(self) -> None:
         ends = np.arange(1, 2_000_001, dtype=np.uint64) * np.uint64(65536)

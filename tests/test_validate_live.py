@@ -31,10 +31,11 @@ from qmpnbd.report.model import DiskReport, ValidationReport
 from qmpnbd.validate import live
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.reading import Reading, read_chain
-from qmpnbd.validate.run import Options, validate, validate_disks
+from qmpnbd.validate.run import Options, SoFar, validate, validate_disks
 from tests.fleets import overwritten
 from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.servers import Server, blockdev, qemu, qemu_img, storage_daemon
+from tests.test_validate_faults import spoilt
 from tests.writers import writing, written_and_not_flushed
 
 pytestmark = pytest.mark.real
@@ -124,6 +125,29 @@ def test_what_is_switched_off_is_not_compared(daemon: Server) -> None:
     disk = one(validate(str(daemon.qmp), ["top"], Options(choice=Choice(base=False, content="none"))))
     assert [entry.what for entry in disk.compared] == ["qemu:allocation-depth"]
     assert disk.choice == "depth,bitmaps,content=none"
+    disk = one(validate(str(daemon.qmp), ["top"], Options(choice=Choice(depth=False, content="none"))))
+    assert [entry.what for entry in disk.compared] == ["base:allocation"]
+    assert disk.verdict == "agreed"
+
+
+def test_a_depth_that_is_not_compared_is_no_discrepancy(copies: Path) -> None:
+    """An entry that is gone shows in the depth and elsewhere; here only the content was asked for."""
+    top = copies / "top.qcow2"
+    with storage_daemon("--blockdev", blockdev(top, "top", read_only=True)) as server:
+        content = Options(choice=Choice(depth=False, base=False, content="whole"))
+        assert one(validate(str(server.qmp), ["top"], Options())).verdict == "agreed"
+        spoilt(top, 12 << 20)
+        disk = one(validate(str(server.qmp), ["top"], content))
+    assert {each.compared for each in disk.discrepancies} == {"content"}
+    assert disk.discrepancy_bytes == 65536
+
+
+def test_how_far_it_is_can_be_asked_at_any_time(daemon: Server) -> None:
+    so_far = SoFar(str(daemon.qmp))
+    whole = Options(choice=Choice(content="whole"))
+    report = asyncio.run(validate_disks(str(daemon.qmp), ["top"], whole, so_far=so_far))
+    assert so_far.report(()) == report
+    assert (so_far.progress.total, so_far.progress.done, so_far.progress.bytes) == (1, 1, 16 << 20)
 
 
 def test_a_snapshot_in_mid_round_voids_the_round_and_the_new_chain_is_judged(

@@ -35,6 +35,9 @@ Words on the kernel command line:
 ``qmpnbd.write=hard``
     After ``ready``, go on writing as fast as the disk takes it: 8 MiB in a row, records, and discards of 4 MiB, by
     turns and at places that jump about.
+``qmpnbd.write=files``
+    After ``ready``, make a filesystem on ``/dev/vda`` and mount it; then go on writing files, removing others, and
+    trimming what became free (fstrim), reported as ``qmpnbd-guest: trim N`` and with the bytes that were trimmed.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ APPEND = "console=ttyS0 quiet nokaslr mitigations=off cryptomgr.notests tsc=reli
 STRIDE = 1103515245  # odd, so that it meets every block of a disk whose size is a power of two
 
 MODULES = ("virtio_pci", "virtio_blk")
-APPLETS = ("sh", "mount", "insmod", "dd", "sleep", "mkdir", "mke2fs", "sync", "blkdiscard")
+APPLETS = ("sh", "mount", "insmod", "dd", "sleep", "mkdir", "mke2fs", "sync", "blkdiscard", "fstrim", "rm")
 
 AGENT = "usr/sbin/qemu-ga"
 AGENT_MODULES = ("virtio_console",)
@@ -167,6 +170,22 @@ if [ "$write" = hard ]; then
             1) blkdiscard -o $((at * 1048576)) -l 4194304 /dev/vda ;;
             *) dd if=/dev/zero of=/dev/vda bs=1M count=8 seek=$at oflag=direct conv=notrunc 2> /dev/null ;;
         esac
+    done
+fi
+if [ "$write" = files ]; then
+    mkdir -p /mnt
+    mke2fs -F /dev/vda > /dev/null && mount -t ext4 /dev/vda /mnt || echo 'qmpnbd-guest: no filesystem'
+    while :; do
+        count=$((count + 1))
+        for part in 0 2 4 6; do
+            dd if=/bin/busybox of="/mnt/file$((count % 3))" bs=1M seek=$part conv=notrunc 2> /dev/null
+        done
+        rm -f "/mnt/file$(((count + 1) % 3))"
+        sync
+        if fstrim -v /mnt
+        then echo "qmpnbd-guest: trim $count"
+        else echo "qmpnbd-guest: trim $count failed"
+        fi
     done
 fi
 while :; do sleep 86400; done

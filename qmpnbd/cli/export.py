@@ -103,24 +103,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         "--runtime-dir", metavar="DIR", help="make the private directory in DIR (default: $TMPDIR or /tmp)"
     )
     instant = parser.add_argument_group("point in time", "the disks as they are at one instant; the guest goes on")
-    instant.add_argument("--point-in-time", action="store_true", help="export all disks as they are at one instant")
-    instant.add_argument(
-        "--protect-guest",
-        action="store_true",
-        help="scratch space that fails must not fail the guest, which is paused some milliseconds for that (QEMU 8.0)",
-    )
-    instant.add_argument(
-        "--exact-chain",
-        action="store_true",
-        help="export the very chain of the instant, with its allocation depth; the guest writes into an overlay in the "
-        "folder of --scratch, which is committed at the end",
-    )
-    instant.add_argument(
-        "--scratch", metavar="DIR", help="where what the guest overwrites is kept (default: the private directory)"
-    )
-    instant.add_argument(
-        "--scratch-size", type=int, metavar="BYTES", help="for all disks together (default: most of what is free)"
-    )
+    options.add_instant(instant, "export")
     instant.add_argument(
         "--agent",
         metavar="ADDRESS",
@@ -227,24 +210,13 @@ def _checkpoint(arguments: argparse.Namespace) -> NextCheckpoint | None:
 
 
 def _instant(arguments: argparse.Namespace) -> Wishes | None:
-    from qmpnbd.qmp.planning import Wishes
-
-    if not arguments.point_in_time:
-        for option in ("protect_guest", "exact_chain", "scratch", "scratch_size", "agent", "checkpoint", "dry_run"):
-            if getattr(arguments, option):
-                name = f"--{option.replace('_', '-')}"
-                raise UsageError("only with --point-in-time", where=name, remedy="Leave it out, or give both.")
+    wishes = options.instant(arguments, "agent", "checkpoint", "dry_run")
+    if wishes is None:
         return None
     for option in ("image", "description", "iothread", "writable"):
         if getattr(arguments, option):
             raise UsageError("not with --point-in-time", where=option, remedy="Leave one of the two out.")
-    return Wishes(
-        protect_guest=arguments.protect_guest,
-        exact_chain=arguments.exact_chain,
-        depth=arguments.exact_chain,
-        scratch_dir=arguments.scratch,
-        scratch_bytes=arguments.scratch_size,
-    )
+    return replace(wishes, depth=arguments.exact_chain)
 
 
 def _listen(text: str) -> TcpAddress:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from qmpnbd.nbd.tls import Tls
     from qmpnbd.qmp.address import MonitorAddress
+    from qmpnbd.qmp.planning import Wishes
 
 
 def seconds(text: str) -> float:
@@ -216,6 +217,56 @@ def agent_journal() -> str:
 
     home = Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser())
     return str(home / "qmpnbd" / "agent")
+
+
+def add_instant(group: argparse._ArgumentGroup, verb: str) -> None:
+    """Adds how a point in time is taken; `verb` says what is done with the disks."""
+    group.add_argument("--point-in-time", action="store_true", help=f"{verb} all disks as they are at one instant")
+    group.add_argument(
+        "--protect-guest",
+        action="store_true",
+        help="scratch space that fails must not fail the guest, which is paused some milliseconds for that (QEMU 8.0)",
+    )
+    group.add_argument(
+        "--exact-chain",
+        action="store_true",
+        help=f"{verb} the very chain of the instant, with its allocation depth; the guest writes into an overlay in "
+        "the folder of --scratch, which is committed at the end",
+    )
+    group.add_argument(
+        "--scratch", metavar="DIR", help="where what the guest overwrites is kept (default: the private directory)"
+    )
+    group.add_argument(
+        "--scratch-size", type=int, metavar="BYTES", help="for all disks together (default: most of what is free)"
+    )
+
+
+def instant(arguments: argparse.Namespace, *more: str) -> Wishes | None:
+    """Returns how the point in time that was asked for shall be taken; None if none was.
+
+    Args:
+        arguments: the parsed command line.
+        more: names of other options that are of use only with one.
+
+    Raises:
+        UsageError: what is said of it, and there is to be none.
+    """
+    if not arguments.point_in_time:
+        from qmpnbd.errors import UsageError
+
+        for option in ("protect_guest", "exact_chain", "scratch", "scratch_size", *more):
+            if getattr(arguments, option):
+                name = f"--{option.replace('_', '-')}"
+                raise UsageError("only with --point-in-time", where=name, remedy="Leave it out, or give both.")
+        return None
+    from qmpnbd.qmp.planning import Wishes
+
+    return Wishes(
+        protect_guest=arguments.protect_guest,
+        exact_chain=arguments.exact_chain,
+        scratch_dir=arguments.scratch,
+        scratch_bytes=arguments.scratch_size,
+    )
 
 
 def add_tls(parser: argparse.ArgumentParser) -> None:

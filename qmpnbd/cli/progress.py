@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import sys
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qmpnbd.cli import output
+from qmpnbd.cli import output, terminal
 
 if TYPE_CHECKING:
     from qmpnbd.validate.progress import Progress
@@ -18,6 +17,7 @@ T = TypeVar("T")
 
 _TERMINAL_SECONDS = 0.5
 _LINE_SECONDS = 60.0
+_COLUMNS = 80
 _CLEAR = "\r\x1b[K"
 
 
@@ -40,7 +40,7 @@ async def _tick(progress: Progress, *, on_terminal: bool) -> None:
         await asyncio.sleep(_TERMINAL_SECONDS if on_terminal else _LINE_SECONDS)
         line = progress.line()
         if on_terminal:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"{_CLEAR}{line[:width]}", end="", file=sys.stderr, flush=True)
+            room = (terminal.width(sys.stderr) or _COLUMNS) - 1
+            print(f"{_CLEAR}{line[:room]}", end="", file=sys.stderr, flush=True)
         else:
             output.tell(line)

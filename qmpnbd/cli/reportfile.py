@@ -2,12 +2,15 @@
 
 A report is written beside its place, brought to the disk, and renamed: whoever looks there finds the old one or the
 new one. The file beside is made before the work begins, so that a folder that cannot be written to is told at once and
-not after hours. ``-`` is stdout; what exists and is no regular file (``/dev/stderr``, a FIFO) is written to as it is.
+not after hours. It is locked while its writer lives; what a killed one left is removed by the next that writes the same
+report. ``-`` is stdout; to a FIFO or a terminal is written as it is (`qmpnbd.cli.stream`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import logging
 import os
 import stat
@@ -16,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from qmpnbd.cli.stream import Stream
 from qmpnbd.errors import ReportFileError
 
 log = logging.getLogger(__name__)
@@ -47,17 +51,23 @@ class ReportFile:
         finally:
             file.drop()
 
-    def _open(self) -> IO[bytes]:
+    def _open(self) -> IO[bytes] | Stream:
         if self.name == "-":
             return sys.stdout.buffer
         place = Path(self.name)
         mode = place.stat().st_mode if place.exists() else stat.S_IFREG
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(0, "that is a folder")
+        if stat.S_ISBLK(mode):
+            raise OSError(0, "that is a block device")
         if not stat.S_ISREG(mode):
-            return place.open("wb")
-        self._beside = place.resolve().with_name(f".{place.name}.{os.getpid()}.part")
+            return Stream(place)
+        place = place.resolve()
+        _remove_stale(place)
+        self._beside = place.with_name(f".{place.name}.{os.getpid()}.part")
         file = self._beside.open("xb")
+        with contextlib.suppress(OSError):  # some file systems know no locks; then the number of the process must do
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         if stat.S_IMODE(mode):
             os.fchmod(file.fileno(), stat.S_IMODE(mode))
         return file
@@ -85,10 +95,9 @@ class ReportFile:
         with self._told():
             if self._beside is not None:
                 os.fsync(self._file.fileno())
-            self._file.close()
-            if self._beside is not None:
                 self._beside.rename(Path(self.name).resolve())
-        self._beside = None
+            self._beside = None
+            self._file.close()
         log.info("wrote %s", self.name)
 
     def drop(self) -> None:
@@ -111,3 +120,35 @@ class ReportFile:
                 where=self.name,
                 remedy="Choose another place, or make room; what was there before is unchanged.",
             ) from error
+
+
+def _remove_stale(place: Path) -> None:
+    """Removes what killed writers of this report left beside it: files of ours whose process is gone."""
+    for path in place.parent.glob(f".{glob.escape(place.name)}.*.part"):
+        number = path.name.removeprefix(f".{place.name}.").removesuffix(".part")
+        if not number.isascii() or not number.isdecimal() or len(number) > _LONGEST_NUMBER or _lives(int(number)):
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                status = os.fstat(descriptor)
+                if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                    # A process of another container may bear any number here, but holds its lock.
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                    log.warning("removed what a killed run had left: %s", path)
+            finally:
+                os.close(descriptor)
+
+
+_LONGEST_NUMBER = 10
+
+
+def _lives(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

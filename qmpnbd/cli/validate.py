@@ -5,18 +5,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from qmpnbd.cli import options, output
+from qmpnbd.cli import options, output, terminal
 from qmpnbd.cli.exit_codes import AGREED, DISCREPANCY, INCOMPLETE, StoppedBySignal
 from qmpnbd.cli.reports import Reports, add_reports
 from qmpnbd.cli.validate_many import validate_many
-from qmpnbd.cli.validate_targets import add_comparison, add_many, add_targets, choice_of, is_one_guest
+from qmpnbd.cli.validate_targets import (
+    add_comparison,
+    add_instant,
+    add_many,
+    add_targets,
+    choice_of,
+    instant_of,
+    is_one_guest,
+)
 from qmpnbd.errors import LeftBehindError, QmpnbdError
 
 if TYPE_CHECKING:
-    from qmpnbd.report.model import DiskReport, ValidationReport
+    from qmpnbd.report.model import ErrorEntry, ValidationReport
     from qmpnbd.validate.run import Options
 
 _ROUNDS = 5
@@ -25,6 +32,7 @@ EXAMPLES = (
     ("qmpnbd validate --qmp /run/vm.qmp", "all disks of a running guest"),
     ("qmpnbd validate --qmp /run/vm.qmp vd0 --html vd0.html", "one disk, with its picture"),
     ("qmpnbd validate --qmp /run/vm.qmp --junit qmpnbd.xml --ndjson -", "for a build server"),
+    ("qmpnbd validate --qmp /run/vm.qmp --point-in-time", "at one instant, while the guest goes on"),
     ("qmpnbd validate /srv/images --json > report.json", "a folder of images that no QEMU runs"),
 )
 """Command lines, and what they are for."""
@@ -51,6 +59,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     options.add_exporting(parser)
     add_comparison(parser)
+    add_instant(parser)
     add_many(parser)
     options.add_tls(parser)
     add_reports(parser)
@@ -60,7 +69,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from qmpnbd.report.jsontext import document_json
-    from qmpnbd.report.text import validation_text
     from qmpnbd.validate.run import Options
 
     each = Options(
@@ -69,12 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
         nbd=arguments.nbd if arguments.image is None else None,
         runtime_dir=arguments.runtime_dir,
         allow_iothread=options.IOTHREAD in options.allowed(arguments),
+        instant=instant_of(arguments),
+        change_seconds=arguments.bitmap_change,
     )
     with Reports.of(arguments) as reports:
         report, stopped = _validated(arguments, each, reports)
         if not reports.take_stdout:
-            text = document_json(report) if arguments.json else validation_text(report, colours=output.colours())
-            output.write([text])
+            output.write([document_json(report) if arguments.json else _text(report)])
         reports.finish(report)
         output.tell(*report.left_behind)
         code = exit_code(report) if stopped is None else stopped.exit_code
@@ -85,48 +94,44 @@ def _validated(
     arguments: argparse.Namespace, each: Options, reports: Reports
 ) -> tuple[ValidationReport, StoppedBySignal | None]:
     """Validates; if that fails as a whole, there are report files nevertheless."""
-    from qmpnbd.cli import signals
-    from qmpnbd.validate.run import validate_disks
+    from qmpnbd.cli import progress, signals
+    from qmpnbd.report.model import ErrorEntry
+    from qmpnbd.validate.run import SoFar, validate_disks
 
-    started = datetime.now(UTC)
     if not is_one_guest(arguments):
         return validate_many(arguments, each, reports.add)
     (monitor,) = arguments.qmp
+    so_far = SoFar(str(monitor))
     try:
         chosen = replace(each, choice=choice_of(arguments))
-        return signals.run(validate_disks(monitor, arguments.names, chosen, on_disk=reports.add)), None
-    except (QmpnbdError, StoppedBySignal) as error:
-        reports.finish(_partial(str(monitor), started, reports.disks, error))
+        work = validate_disks(monitor, arguments.names, chosen, on_disk=reports.add, so_far=so_far)
+        return signals.run(progress.shown(work, so_far.progress)), None
+    except StoppedBySignal as stopped:
+        return so_far.report(_notes(stopped), _stopped(str(monitor), stopped)), stopped
+    except QmpnbdError as error:
+        reports.finish(so_far.report(_notes(error), ErrorEntry.of(error), failed=True))
         raise
 
 
-def _partial(
-    monitor: str, started: datetime, disks: Sequence[DiskReport], error: QmpnbdError | StoppedBySignal
-) -> ValidationReport:
-    """Returns the report of a run that was ended by `error`: an old one in its place would say what is no longer so."""
-    from qmpnbd.report.model import ErrorEntry, ValidationReport
-    from qmpnbd.validate.outcome import worst
+def _notes(error: BaseException) -> Sequence[str]:
+    return getattr(error, "__notes__", ())
 
-    verdict = worst(disks)
-    if isinstance(error, QmpnbdError):
-        stopped = ErrorEntry.of(error)
-        verdict = "discrepancy" if verdict == "discrepancy" else "error"
-    else:
-        words = f"ended by {error}, everything taken down"
-        stopped = ErrorEntry(
-            type=type(error).__name__, exit_code=error.exit_code, where=monitor, what=words, remedy="Run again."
-        )
-        verdict = "incomplete" if verdict == "agreed" else verdict
-    return ValidationReport(
-        monitor=monitor,
-        qemu="",
-        guest="",
-        started=started.isoformat(timespec="seconds"),
-        verdict=verdict,
-        disks=tuple(disks),
-        left_behind=tuple(getattr(error, "__notes__", ())),
-        stopped=stopped,
+
+def _stopped(monitor: str, stopped: StoppedBySignal) -> ErrorEntry:
+    from qmpnbd.report.model import ErrorEntry
+
+    words = f"ended by {stopped}, everything taken down"
+    return ErrorEntry(
+        type=type(stopped).__name__, exit_code=stopped.exit_code, where=monitor, what=words, remedy="Run again."
     )
+
+
+def _text(report: ValidationReport) -> str:
+    import sys
+
+    from qmpnbd.report.text import validation_text
+
+    return validation_text(report, colours=output.colours(), width=terminal.width(sys.stdout))
 
 
 def exit_code(report: ValidationReport) -> int:

@@ -11,6 +11,7 @@ from qmpnbd.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from qmpnbd.qmp.planning import Wishes
     from qmpnbd.validate.choice import Choice
     from qmpnbd.validate.target import Target
 
@@ -52,6 +53,34 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
         help="bytes over NBD against bytes from the files (default: sample)",
     )
     group.add_argument("--seed", type=_number, metavar="N", help="chooses the sample (default: 0)")
+
+
+def add_instant(parser: argparse.ArgumentParser) -> None:
+    """Adds the point in time at which running guests are validated; `instant_of` reads it."""
+    group = parser.add_argument_group(
+        "point in time", "running guests, all disks of each as they are at one instant; the guest goes on"
+    )
+    options.add_instant(group, "validate")
+    group.add_argument(
+        "--bitmap-change",
+        type=options.seconds,
+        metavar="SECONDS",
+        help="take another point in time so long before, and prove that every bitmap that recorded since knows of "
+        "all that changed; reads every disk that has one, twice",
+    )
+
+
+def instant_of(arguments: argparse.Namespace) -> Wishes | None:
+    """Returns how the point in time is taken; None to validate disks as they go on.
+
+    Raises:
+        UsageError: something that goes with it is there without, or there is no running guest to validate.
+    """
+    wishes = options.instant(arguments, "bitmap_change")
+    if wishes is not None and not arguments.qmp and arguments.plan is None:
+        remedy = "Images and exports stand still: leave it out."
+        raise UsageError("only running guests have one", where="--point-in-time", remedy=remedy)
+    return wishes
 
 
 def add_many(parser: argparse.ArgumentParser) -> None:

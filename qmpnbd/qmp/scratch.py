@@ -72,12 +72,13 @@ def threshold_of(limit: int) -> int:
 
 
 def note_images(directory: RunDirectory, files: Sequence[ImageFile]) -> None:
-    """Writes down which images a run is about to make.
+    """Writes down which images a run is about to make; none of them is committed, whatever was said of former ones.
 
     Raises:
         ScratchError: it cannot be written down.
     """
     try:
+        (directory.path / _COMMITTED).unlink(missing_ok=True)
         (directory.path / _NOTE).write_bytes(b"".join(os.fsencode(file.path) + b"\0" for file in files))
     except OSError as error:
         raise ScratchError(f"cannot be noted: {error.strerror}", where=str(directory.path), remedy=_REMEDY) from error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qmpnbd.images.layers import Chain
+from qmpnbd.report.columns import table
 from qmpnbd.report.model import BitmapEntry, BitmapsDocument
-from qmpnbd.report.text import human_size, table
+from qmpnbd.report.text import human_size
 
 
 def bitmaps_document(image: str, chain: Chain) -> BitmapsDocument:

@@ -9,13 +9,14 @@ from qmpnbd.printable import printable as shown
 from qmpnbd.qmp.checkpoint_plan import CheckpointPlan
 from qmpnbd.qmp.checkpoint_state import REASONS, Checkpoint, DiskCheckpoints
 from qmpnbd.qmp.checkpoints import Changed, Listed
+from qmpnbd.report.columns import table
 from qmpnbd.report.model import (
     CheckpointChangeEntry,
     CheckpointEntry,
     CheckpointsDocument,
     DiskCheckpointsEntry,
 )
-from qmpnbd.report.text import human_size, table
+from qmpnbd.report.text import human_size
 
 
 def listed_document(listed: Listed, chain: str) -> CheckpointsDocument:

@@ -9,9 +9,9 @@ from qmpnbd.export.session import Export, Image, Session
 from qmpnbd.printable import printable as shown
 from qmpnbd.qmp.address import MonitorAddress
 from qmpnbd.qmp.checkpoint_at import BegunCheckpoint
-from qmpnbd.qmp.pointintime import Statement
 from qmpnbd.report.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP
-from qmpnbd.report.model import BegunCheckpointEntry, DiskExportEntry, ExportDocument, IncrementEntry, InstantEntry
+from qmpnbd.report.instant import instant_entry, instant_text
+from qmpnbd.report.model import BegunCheckpointEntry, DiskExportEntry, ExportDocument, IncrementEntry
 from qmpnbd.report.text import human_size
 
 URI = "QMPNBD_URI"
@@ -47,7 +47,7 @@ def export_document(
         guest=session.guest,
         consistent=session.consistent,
         exports=tuple(_entry(each, contexts, writable=writable) for each in session.exports),
-        instant=None if session.statement is None else _instant(session.statement),
+        instant=None if session.statement is None else instant_entry(session.statement),
         checkpoint=None if session.checkpoint is None else _checkpoint(session.checkpoint),
     )
 
@@ -69,20 +69,6 @@ def _checkpoint(begun: BegunCheckpoint) -> BegunCheckpointEntry:
             )
             for each in begun.disks
         ),
-    )
-
-
-def _instant(statement: Statement) -> InstantEntry:
-    said = statement.consistency
-    return InstantEntry(
-        recipe=statement.recipe.value,
-        why=statement.why,
-        consistency=said.kind,
-        reason=said.reason,
-        remedy=said.remedy,
-        frozen_ms=round(said.window_ms, 3),
-        window_ms=round(statement.window_ms, 3),
-        paused_ms=round(statement.paused_ms, 3),
     )
 
 
@@ -123,14 +109,7 @@ def export_text(document: ExportDocument) -> str:
     guest = document.guest if document.image is not None or " " in document.guest else f"guest {document.guest}"
     lines = [shown(f"QEMU {document.qemu}, {guest}, {place}")]
     if document.instant is not None:
-        instant = document.instant
-        pause = f"the guest paused for {instant.paused_ms:.0f} ms" if instant.paused_ms else "no pause"
-        lines.append(
-            shown(f"consistent: one instant, {instant.consistency}, within {instant.window_ms:.0f} ms, {pause}")
-        )
-        if instant.reason:
-            lines.append(shown(f"not frozen: {instant.reason}. {instant.remedy}"))
-        lines.append(shown(f"recipe: {instant.recipe}: {instant.why}"))
+        lines += instant_text(document.instant)
     elif document.consistent:
         lines.append("consistent: yes, nothing writes to what is exported")
     else:

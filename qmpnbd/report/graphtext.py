@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qmpnbd.printable import printable as shown
+from qmpnbd.report.columns import table
 from qmpnbd.report.model import ExportReport, GraphDiskEntry, GraphDocument, GraphNodeEntry
-from qmpnbd.report.text import guest_words, human_size, table
+from qmpnbd.report.text import guest_words, human_size
 
 _SHOWN_LAYERS = 8
 

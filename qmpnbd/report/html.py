@@ -17,18 +17,20 @@ from pathlib import PurePath
 
 from qmpnbd.extents import ExtentMap
 from qmpnbd.printable import printable
-from qmpnbd.report.contexts import ALLOCATION_DEPTH, UNREADABLE, describe
+from qmpnbd.report.contexts import ALLOCATION_DEPTH, CONTENT, UNREADABLE, describe
+from qmpnbd.report.instant import instant_text
 from qmpnbd.report.model import DiscrepancyEntry, DiskReport, LayerEntry, Picture, ValidationReport, Verdict
 from qmpnbd.report.picture import reduced
 from qmpnbd.report.strip import PICTURE_RUNS
 from qmpnbd.report.svg import STRIP_RUNS, depth_colour, marks, palette, strip
-from qmpnbd.report.text import guest_words, human_size
+from qmpnbd.report.text import guest_words, human_size, was_judged
 
 VERDICTS: dict[Verdict, str] = {
     "agreed": "Agrees",
     "discrepancy": "Discrepancy",
     "incomplete": "Not all judged",
     "error": "Not validated",
+    "not-judged": "Not judged",
 }
 """What a verdict is called on the page."""
 
@@ -88,7 +90,7 @@ def _json(data: object) -> str:
 def _head(report: ValidationReport) -> Iterator[str]:
     qemu = f"QEMU {report.qemu}, {guest_words(report.guest)}, " if report.qemu else ""
     yield (
-        '<header>\n<p class="kind">Allocation depth, served over NBD against the image files</p>\n'
+        '<header>\n<p class="kind">What is served over NBD against the image files</p>\n'
         f'<h1 class="{report.verdict}">{_headline(report)}</h1>\n'
         f'<p class="facts">{_text(qemu)}monitor <code>{_text(report.monitor)}</code></p>\n'
     )
@@ -110,6 +112,7 @@ def _headline(report: ValidationReport) -> str:
         "discrepancy": "served is not what the files hold",
         "incomplete": "not everything could be judged",
         "error": "could not be validated",
+        "not-judged": "its turn did not come" if same == 1 else "their turn did not come",
     }[report.verdict]
     return f"{f'{same:,} of ' if count > 1 else ''}{disks}: {words}"
 
@@ -149,16 +152,17 @@ def _disk(number: int, disk: DiskReport, picture: Picture | None, runs: int) -> 
         )
     if picture is not None:
         yield from _picture(number, disk, picture, runs)
-    if disk.error is None:
+    if was_judged(disk):
         yield from _layers(disk)
+        yield from _compared(disk)
         yield from _discrepancies(number, disk)
         yield from _set_aside(disk)
     yield "</section>\n"
 
 
 def _facts(disk: DiskReport) -> str:
-    facts = [f"node {_text(disk.node_name)}"]
-    if disk.error is None:
+    facts = [f"node {_text(disk.node_name)}"] if disk.node_name else []
+    if was_judged(disk):
         facts += [human_size(disk.size), f"{disk.extents:,} extents", f"{disk.seconds:.2f} s"]
         if disk.rounds > 1:
             facts.append(f"read {disk.rounds} times")
@@ -227,6 +231,25 @@ def _format(layer: LayerEntry) -> str:
     return _text(f"{layer.format}{'?' if layer.format_probed else ''}{clusters}")
 
 
+def _compared(disk: DiskReport) -> Iterator[str]:
+    if disk.instant is not None:
+        yield "".join(f'<p class="facts">{_text(line)}</p>\n' for line in instant_text(disk.instant))
+    if not disk.compared:
+        return
+    yield (
+        '<h3>Compared</h3>\n<div class="wide"><table>\n<tr><th>What</th><th>Verdict</th>'
+        '<th class="number">Discrepancies</th><th class="number">Not judged</th><th>Note</th></tr>\n'
+    )
+    for entry in disk.compared:
+        yield (
+            f'<tr><td class="place">{_text(entry.what)}</td><td>{_verdict(entry.verdict)}</td>'
+            f'<td class="number">{human_size(entry.discrepancy_bytes) if entry.discrepancy_bytes else ""}</td>'
+            f'<td class="number">{human_size(entry.set_aside_bytes) if entry.set_aside_bytes else ""}</td>'
+            f'<td class="soft">{_text(entry.note)}</td></tr>\n'
+        )
+    yield "</table></div>\n"
+
+
 def _discrepancies(number: int, disk: DiskReport) -> Iterator[str]:
     if not disk.discrepancy_count:
         return
@@ -234,21 +257,29 @@ def _discrepancies(number: int, disk: DiskReport) -> Iterator[str]:
     more = f", the first {len(shown)} of {disk.discrepancy_count:,}" if disk.discrepancy_count > len(shown) else ""
     yield (
         f"<h3>Discrepancies, {human_size(disk.discrepancy_bytes)}{more}</h3>\n"
-        '<div class="wide"><table>\n<tr><th>Bytes</th><th class="number">Length</th><th>Served</th><th>Computed</th>'
-        "<th>Decided by</th></tr>\n"
+        '<div class="wide"><table>\n<tr><th>Bytes</th><th class="number">Length</th><th>What</th><th>Served</th>'
+        "<th>Computed</th><th>Decided by</th></tr>\n"
     )
     for each in shown:
         yield (
             f'<tr><td class="place"><button type="button" class="go" data-disk="{number}" data-from="{each.offset}" '
             f'data-to="{each.end}">[{each.offset}, {each.end})</button></td>'
-            f'<td class="number">{human_size(each.end - each.offset)}</td><td class="place">{_depth(each.served)}</td>'
-            f'<td class="place">{_depth(each.computed)}</td><td class="file">{_why(each)}</td></tr>\n'
+            f'<td class="number">{human_size(each.end - each.offset)}</td><td class="place">{_what(each)}</td>'
+            f'<td class="place">{_value(each, each.served)}</td><td class="place">{_value(each, each.computed)}</td>'
+            f'<td class="file">{_why(each)}</td></tr>\n'
         )
     yield "</table></div>\n"
 
 
-def _depth(depth: int) -> str:
-    return f"{depth} {describe(ALLOCATION_DEPTH, depth)}"
+def _what(each: DiscrepancyEntry) -> str:
+    name = "depth" if each.compared == ALLOCATION_DEPTH else _text(each.compared)
+    return name if each.finding == "differs" else f"{each.finding}: {name}"
+
+
+def _value(each: DiscrepancyEntry, value: int) -> str:
+    if each.compared == CONTENT:
+        return f"byte {value:#04x}"
+    return f"{value} {describe(each.compared, value) or ''}".rstrip()
 
 
 def _why(each: DiscrepancyEntry) -> str:
@@ -265,6 +296,8 @@ def _set_aside(disk: DiskReport) -> Iterator[str]:
     if not disk.set_aside_bytes:
         return
     why = "the block graph changed all the time" if disk.unfinished == "graph" else "the guest wrote there all the time"
+    if disk.instant is not None:
+        why = "written just before the instant and since"
     runs = "".join(f"<li>[{run.offset}, {run.end})</li>" for run in disk.set_aside[:MAX_SHOWN])
     yield (
         f"<h3>Set aside, {human_size(disk.set_aside_bytes)}: {why}</h3>\n"

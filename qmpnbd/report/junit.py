@@ -1,7 +1,7 @@
 """A validation report as JUnit XML: a disk is a test case.
 
-A discrepancy is a failure. A disk that could not be validated or not be judged in full is an error, not a skipped test:
-what has not been proven must not look green.
+A discrepancy is a failure. A disk that could not be validated, not be judged in full, or whose turn did not come is an
+error, not a skipped test: what has not been proven must not look green.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def validation_junit(report: ValidationReport) -> str:
     counts = {
         "tests": str(len(verdicts) + stopped),
         "failures": str(verdicts.count("discrepancy")),
-        "errors": str(verdicts.count("error") + verdicts.count("incomplete") + stopped),
+        "errors": str(sum(verdict not in ("agreed", "discrepancy") for verdict in verdicts) + stopped),
         "time": f"{sum(disk.seconds for disk in report.disks):.3f}",
     }
     suites = Xml.Element("testsuites", {"name": "qmpnbd", **counts})
@@ -62,6 +62,8 @@ def _case(suite: Xml.Element, report: ValidationReport, disk: DiskReport) -> Non
     elif disk.verdict == "incomplete":
         message = f"{disk.set_aside_bytes} bytes could not be judged"
         Xml.SubElement(case, "error", {"type": "incomplete", "message": message}).text = disk_text(disk)
+    elif disk.verdict == "not-judged":
+        Xml.SubElement(case, "error", {"type": "not-judged", "message": "its turn did not come"}).text = disk_text(disk)
     if disk.error is None:
         Xml.SubElement(case, "system-out").text = disk_text(disk)
 

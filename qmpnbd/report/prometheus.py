@@ -12,6 +12,7 @@ from typing import get_args
 
 from qmpnbd.printable import printable
 from qmpnbd.report.model import DiskReport, ValidationReport, Verdict
+from qmpnbd.report.text import was_judged
 
 MAX_LAYERS = 64
 """Layers of a disk that get a time series each; a metric must not grow with what is on a disk."""
@@ -47,7 +48,7 @@ def validation_metrics(report: ValidationReport) -> Iterator[str]:
         ],
     )
     for name, (words, value_of) in _OF_A_DISK.items():
-        judged = [(labels, value_of(disk)) for labels, disk in disks if disk.error is None]
+        judged = [(labels, value_of(disk)) for labels, disk in disks if was_judged(disk)]
         yield _metric(f"disk_{name}", words, judged)
     yield _metric(
         "layer_seen_bytes",

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from qmpnbd.printable import printable as shown
 from qmpnbd.qmp.leftovers import Thing
 from qmpnbd.qmp.undo import Undo
+from qmpnbd.report.columns import table
 from qmpnbd.report.model import RecoverDocument, RunEntry, StatusDocument, TakenDownEntry, ThingEntry
-from qmpnbd.report.text import table
 
 _MEANING = {
     "alive": "alive: left alone by `qmpnbd recover`",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
+from typing import TypeAlias
 
 from qmpnbd.printable import printable as shown
+from qmpnbd.report.columns import folded, table
 from qmpnbd.report.contexts import ALLOCATION_DEPTH, CONTENT, UNREADABLE, describe
+from qmpnbd.report.instant import instant_text
 from qmpnbd.report.maptext import status_mark
 from qmpnbd.report.model import (
     DiscrepancyEntry,
@@ -21,6 +24,7 @@ from qmpnbd.report.model import (
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _SHOWN = 10
+_LEAST_CELLS = 8
 _HEADLINES = {
     "agreed": "AGREED",
     "discrepancy": "DISCREPANCY",
@@ -47,39 +51,39 @@ def human_size(count: int) -> str:
     return f"{value:.4g} {_UNITS[unit]}"
 
 
-def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[str]:
-    """Yields lines of aligned columns.
-
-    Args:
-        rows: the heading first.
-        right: columns to align on the right.
-    """
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    to_the_right = set(right)
-    for row in rows:
-        cells = [
-            cell.rjust(width) if index in to_the_right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
-
-
-def validation_text(report: ValidationReport, *, colours: bool = False) -> str:
+def validation_text(report: ValidationReport, *, colours: bool = False, width: int | None = None) -> str:
     """Returns a validation report.
 
     Args:
         report: the report.
         colours: whether it is for a terminal that shows colours.
+        width: columns of the terminal; None for as many as it takes.
     """
-    if not report.monitor:
-        return "\n".join(_many(report, colours=colours)) + "\n"
-    lines = [f"QEMU {report.qemu}, {guest_words(report.guest)}, monitor {shown(report.monitor)}"]
+    told = []
+    for line, verdict in _one(report, width) if report.monitor else _many(report, width):
+        paint = _COLOURS[verdict].format if colours and verdict else str
+        told += [paint(piece) for piece in folded(line, width)]
+    return "\n".join(told) + "\n"
+
+
+_Line: TypeAlias = tuple[str, Verdict | None]
+"""A line, and the verdict if it is the headline of a disk."""
+
+
+def _one(report: ValidationReport, width: int | None) -> Iterator[_Line]:
+    """Yields a report on one guest."""
+    yield f"QEMU {report.qemu}, {guest_words(report.guest)}, monitor {shown(report.monitor)}", None
     for disk in report.disks:
-        headline, *rest = _disk(disk)
-        lines += ["", _coloured(disk, headline) if colours else headline, *rest]
+        yield "", None
+        yield from _headed(disk, _disk(disk, width=width))
     if report.stopped is not None:
-        lines += ["", shown(f"stopped before all disks were validated: {report.stopped.where}: {report.stopped.what}")]
-    return "\n".join(lines) + "\n"
+        what = shown(f"stopped before all disks were validated: {report.stopped.where}: {report.stopped.what}")
+        yield from (("", None), (what, None))
+
+
+def _headed(disk: DiskReport, lines: Iterator[str]) -> Iterator[_Line]:
+    yield next(lines), disk.verdict
+    yield from ((line, None) for line in lines)
 
 
 def disk_text(disk: DiskReport) -> str:
@@ -87,60 +91,64 @@ def disk_text(disk: DiskReport) -> str:
     return "".join(f"{shown(line)}\n" for line in _disk(disk))
 
 
+def was_judged(disk: DiskReport) -> bool:
+    """Returns whether there is more to say of a disk than why it was not looked at."""
+    return disk.verdict not in ("error", "not-judged")
+
+
 def guest_words(status: str) -> str:
     """Returns the guest's status, in words."""
     return status if status == "storage daemon" else f"guest {shown(status)}"
 
 
-def _many(report: ValidationReport, *, colours: bool) -> Iterator[str]:
+def _many(report: ValidationReport, width: int | None) -> Iterator[_Line]:
     """Yields a report on many disks: what needs to be looked at in full, last, and a line for each of the others."""
     counts = Counter(disk.verdict for disk in report.disks)
     noun = "disk" if len(report.disks) == 1 else "disks"
-    yield f"{len(report.disks):,} {noun}: " + ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items())
+    yield f"{len(report.disks):,} {noun}: " + ", ".join(f"{n:,} {verdict}" for verdict, n in counts.items()), None
     if report.stopped is not None:
-        yield shown(f"stopped before all disks were validated: {report.stopped.what}. {report.stopped.remedy}")
+        yield shown(f"stopped before all disks were validated: {report.stopped.what}. {report.stopped.remedy}"), None
     quiet = ("agreed", "not-judged") if len(report.disks) > 1 else ()
     for disk in report.disks:
         if disk.verdict in quiet:
             again = f" (unchanged since {disk.agreed_in})" if disk.agreed_in else ""
-            yield shown(f"{_HEADLINES[disk.verdict]} {disk.name}{again}")
+            yield shown(f"{_HEADLINES[disk.verdict]} {disk.name}{again}"), None
     for disk in report.disks:
         if disk.verdict not in quiet:
-            yield ""
-            headline, *rest = _disk(disk, disk.source)
-            yield _coloured(disk, headline) if colours else headline
-            yield from rest
+            yield "", None
+            yield from _headed(disk, _disk(disk, disk.source, width))
 
 
-def _coloured(disk: DiskReport, headline: str) -> str:
-    return _COLOURS[disk.verdict].format(headline)
-
-
-def _disk(disk: DiskReport, source: str = "") -> Iterator[str]:
+def _disk(disk: DiskReport, source: str = "", width: int | None = None) -> Iterator[str]:
     node = f" (node {disk.node_name})" if disk.node_name else ""
     at = "" if source.endswith(disk.name) or not source else f" at {source}"
     yield shown(f"disk {disk.name}{node}{at}: {_HEADLINES[disk.verdict]}")
     if disk.error is not None:
         yield "  " + shown(f"{disk.error.where}: {disk.error.what}. {disk.error.remedy}".rstrip())
+    if not was_judged(disk):
         return
     again = f", read {disk.rounds} times" if disk.rounds > 1 else ""
     extents = "1 extent" if disk.extents == 1 else f"{disk.extents:,} extents"
     yield f"  {human_size(disk.size)} in {extents}{again}, {disk.seconds:.2f} s"
     if disk.computed_size != disk.size:
         yield f"  size: served {disk.size} bytes, computed {disk.computed_size} bytes from the files"
+    if disk.instant is not None:
+        yield from (f"  {line}" for line in instant_text(disk.instant))
     totals = {total.allocation_depth: total.bytes for total in disk.totals}
-    yield from (f"  {line}" for line in layer_table(disk.layers, totals))
-    if disk.strip:
-        yield f"  [{_strip(disk)}]"
+    inside = None if width is None else max(width - 2, 1)
+    yield from (f"  {line}" for line in layer_table(disk.layers, totals, inside))
+    yield from (f"  [{piece}]" for piece in _strip(disk, inside))
     yield from _compared(disk)
     yield from _discrepancies(disk)
     if not disk.files_verified:
         yield "  (whether these files are the ones that QEMU has open cannot be told from here)"
-    if disk.unfinished == "graph":
+    if disk.instant is not None and disk.set_aside_bytes:
+        yield f"  set aside, written just before the instant and since: {disk.set_aside_bytes} bytes"
+    elif disk.unfinished == "graph":
         yield f"  not judged, the block graph changed all the time: {disk.set_aside_bytes} bytes"
     elif disk.set_aside_bytes:
         yield f"  set aside, the guest wrote there all the time: {disk.set_aside_bytes} bytes"
-        yield from (f"    [{run.offset}, {run.end})" for run in disk.set_aside[:_SHOWN])
+    yield from (f"    [{run.offset}, {run.end})" for run in disk.set_aside[:_SHOWN])
 
 
 def _compared(disk: DiskReport) -> Iterator[str]:
@@ -171,6 +179,9 @@ def _discrepancy(each: DiscrepancyEntry) -> Iterator[str]:
         yield f"      served    SHA-256 {each.served_sha256}"
         yield f"      computed  SHA-256 {each.computed_sha256}"
         return
+    if each.finding == "bitmap-misses-change":
+        yield f"    [{each.offset}, {each.end})  {each.finding}: changed, and clean in {shown(each.compared)}"
+        return
     name = "depth" if each.compared == ALLOCATION_DEPTH else shown(each.compared)
     yield (
         f"    [{each.offset}, {each.end})  served {name} {_meaning(each.compared, each.served)}, "
@@ -197,12 +208,15 @@ def unreadable_lines(ranges: Sequence[UnreadableEntry]) -> Iterator[str]:
         yield f"  … {len(ranges) - _SHOWN:,} more (--json lists them)\n"
 
 
-def layer_table(layers: Sequence[LayerEntry], totals: Mapping[int, int] | None) -> Iterator[str]:
+def layer_table(
+    layers: Sequence[LayerEntry], totals: Mapping[int, int] | None, width: int | None = None
+) -> Iterator[str]:
     """Yields the layers of a chain with the bytes seen in each.
 
     Args:
         layers: active layer first.
         totals: allocation depth -> bytes; None where that is not known.
+        width: columns of the terminal; None for as many as it takes.
     """
     rows = [("depth", "bytes seen", "format", "clusters", "file")]
     for layer in layers:
@@ -214,16 +228,20 @@ def layer_table(layers: Sequence[LayerEntry], totals: Mapping[int, int] | None) 
         rows.append(("0", human_size(totals[0]), "-", "-", "(in no layer)"))
     if totals is not None and totals.get(UNREADABLE):
         rows.append(("-", human_size(totals[UNREADABLE]), "-", "-", "(unreadable)"))
-    yield from table(rows, right=(0, 1))
+    yield from table(rows, right=(0, 1), width=width)
 
 
-def _strip(disk: DiskReport) -> str:
+def _strip(disk: DiskReport, width: int | None) -> Iterator[str]:
+    """Yields the picture of a disk; in several rows where one does not fit."""
     cells = [status_mark(depth) for depth in disk.strip]
     for each in disk.discrepancies:
         first = each.offset * len(cells) // disk.size
         last = (each.end - 1) * len(cells) // disk.size
         cells[first : last + 1] = ["!"] * (last + 1 - first)
-    return "".join(cells)
+    row = len(cells)
+    while width is not None and row + 2 > width and row > _LEAST_CELLS:
+        row //= 2
+    yield from ("".join(cells[at : at + row]) for at in range(0, len(cells), row or 1))
 
 
 def disks_text(document: DisksDocument) -> str:

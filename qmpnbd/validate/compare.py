@@ -14,12 +14,14 @@ after the last round is set aside, and told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from qmpnbd.extents import U64, ExtentMap
+from qmpnbd.report.model import Finding
 
 _SHIFT = np.uint64(32)
 _LOW = 0xFFFFFFFF
@@ -93,6 +95,14 @@ class Comparison:
         self._found = self._found.overlay(before.combine(computed, _pair).combine(found, _where))
         self._open = bad.combine(found, lambda is_bad, is_found: (is_bad != 0) & (is_found == 0))
 
+    def leave_open(self, where: ExtentMap) -> None:
+        """Sets aside what cannot be judged, however it was told.
+
+        Args:
+            where: 1 for every such byte, else 0.
+        """
+        self._open = self._open.combine(where, np.logical_or)
+
     def discrepancies(self) -> Iterator[Discrepancy]:
         """Yields every discrepancy, in order."""
         for extent in self._found:
@@ -111,6 +121,62 @@ class Comparison:
     def set_aside(self) -> ExtentMap:
         """Returns 1 for every byte that could not be judged, 0 elsewhere."""
         return self._open
+
+
+@dataclass(frozen=True, slots=True)
+class MapFinding:
+    """What the comparison of one metadata context found.
+
+    Attributes:
+        context: its name.
+        served: the map as served; None where there is nothing to compare it with, or nothing is served.
+        comparison: the judgement; None likewise.
+        note: why there is none, or what else to know; may be empty.
+        finding: what a discrepancy means (`qmpnbd.report.model.DiscrepancyEntry`).
+    """
+
+    context: str
+    served: ExtentMap | None
+    comparison: Comparison | None
+    note: str = ""
+    finding: Finding = "differs"
+
+
+def compared(served: ExtentMap, computed: ExtentMap) -> Comparison:
+    """Compares two maps of a disk that stands still."""
+    comparison = Comparison(served.size)
+    comparison.add(served, computed, served, ExtentMap.uniform(served.size, 0))
+    return comparison
+
+
+class Ranged(Protocol):
+    """Something with an offset and an end."""
+
+    @property
+    def offset(self) -> int:
+        """The first byte."""
+
+    @property
+    def end(self) -> int:
+        """The byte after the last one."""
+
+
+def marked(size: int, comparisons: Iterable[Comparison | None], ranges: Sequence[Ranged]) -> ExtentMap:
+    """Returns 1 for every byte of a discrepancy, and 0 elsewhere.
+
+    Args:
+        size: of the disk.
+        comparisons: of maps; None for what was not compared.
+        ranges: discrepancies of other things.
+    """
+    found = ExtentMap.uniform(size, 0)
+    for comparison in comparisons:
+        if comparison is not None:
+            found = found.combine(comparison.discrepancy_map(), np.logical_or)
+    edges = [edge for each in sorted(ranges, key=lambda each: each.offset) for edge in (each.offset, each.end)]
+    if not edges:
+        return found
+    return found.combine(ExtentMap([*edges, size], np.arange(len(edges) + 1) % 2), np.logical_or)
 
 
 def _pair(served: U64, computed: U64) -> U64:

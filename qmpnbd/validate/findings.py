@@ -12,7 +12,8 @@ from qmpnbd.errors import QmpnbdError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.mapentries import NBD_ZERO
 from qmpnbd.validate.choice import Choice
-from qmpnbd.validate.compare import Comparison, Discrepancy
+from qmpnbd.validate.compare import Comparison, Discrepancy, MapFinding, marked
+from qmpnbd.validate.instant_content import InstantContent
 from qmpnbd.validate.live_content import LiveContent
 from qmpnbd.validate.reading import Reading
 
@@ -60,17 +61,29 @@ class Findings:
         served: the served map of that round; None before the first.
         verified: whether the files were seen to be those that QEMU has open, in every judged round.
         base: the judgement on base:allocation; None if it is not compared.
+        with_depth: whether the allocation depth is compared.
+        base_refused: why base:allocation is not compared although it was to be; empty otherwise.
         content: that on bytes.
+        bitmaps: what was found of dirty bitmaps.
+
+    Args:
+        size: see above.
+        choice: what to compare.
+        base_refused: see above.
+        content: see above.
     """
 
-    def __init__(self, size: int, choice: Choice) -> None:
+    def __init__(self, size: int, choice: Choice, base_refused: str, content: LiveContent | InstantContent) -> None:
         self.size = size
         self.rounds = 0
         self.reading: Reading | None = None
         self.served: ExtentMap | None = None
         self.verified = True
-        self.base = Comparison(size) if choice.base else None
-        self.content = LiveContent(choice)
+        self.base_refused = base_refused if choice.base else ""
+        self.base = Comparison(size) if choice.base and not base_refused else None
+        self.content = content
+        self.bitmaps: list[MapFinding] = []
+        self.with_depth = choice.depth
         self._comparison = Comparison(size)
         self._failure: QmpnbdError | None = None
         self._other_sizes = 0
@@ -108,12 +121,20 @@ class Findings:
             self._other_sizes += 1
             return
         self._other_sizes = 0
-        self._comparison.add(before.depth, reading.depth, None if after is None else after.depth, touched)
+        computed = reading.depth if self.with_depth else before.depth  # which is to find nothing
+        self._comparison.add(before.depth, computed, None if after is None else after.depth, touched)
         first = None if reading.base is None else before.base_beside(reading.base)
         if self.base is not None and reading.base is not None and first is not None:
             again = None if after is None else after.base_beside(reading.base)
             self.base.add(first, reading.base, again, touched)
         self.content.judge(touched)
+
+    def leave_open(self, where: ExtentMap) -> None:
+        """Sets aside bytes of which neither side's map can be known; see `Comparison.leave_open`."""
+        if self.with_depth:
+            self._comparison.leave_open(where)
+        if self.base is not None:
+            self.base.leave_open(where)
 
     @property
     def sizes_differ(self) -> bool:
@@ -140,8 +161,9 @@ class Findings:
         return self._comparison.discrepancies()
 
     def discrepancy_map(self) -> ExtentMap:
-        """Returns what is not 0 for every byte of a discrepancy, and 0 elsewhere."""
-        return self._comparison.discrepancy_map()
+        """Returns 1 for every byte of a discrepancy, whatever was compared, and 0 elsewhere."""
+        comparisons = [self._comparison, self.base, *(each.comparison for each in self.bitmaps)]
+        return marked(self.size, comparisons, self.content.found)
 
     def discrepancy_totals(self) -> tuple[int, int]:
         """Returns the number of discrepancies and the bytes in them."""

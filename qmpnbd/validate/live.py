@@ -56,8 +56,9 @@ from qmpnbd.qmp.naming import bitmap_name, export_id
 from qmpnbd.qmp.teardown import TakeDown
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.findings import Findings, Served
+from qmpnbd.validate.live_content import LiveContent
 from qmpnbd.validate.reading import Explained, Reading, explain_all, read_chain
-from qmpnbd.validate.releases import generation_of
+from qmpnbd.validate.releases import base_refusal, generation_of
 from qmpnbd.validate.sample import both
 
 T = TypeVar("T")
@@ -66,6 +67,10 @@ DIRTY = "qemu:dirty-bitmap:"
 
 _ROUND_ERRORS = (ImageError, GraphUnsupportedError, DiskNotLocalError, InterferenceError, CommandFailedError)
 """What can be an accident of a round, because something moved while it was looked at; twice running it is not."""
+
+
+def _nobody_asked(_count: int, _total: int) -> None:
+    """Takes note of nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class Place:
         numbers: gives every export and bitmap of the run a number of its own.
         take_down: takes everything down.
         deadline: for everything but taking down.
+        on_bytes: told how many more bytes of a disk's content have been compared, and how many there are.
     """
 
     monitor: Monitor
@@ -87,6 +93,7 @@ class Place:
     numbers: Iterator[int]
     take_down: TakeDown
     deadline: Deadline
+    on_bytes: Callable[[int, int], None] = _nobody_asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +132,41 @@ async def _close_all(clients: Sequence[tuple[Client, int]]) -> None:
         os.close(duplicate)
 
 
+class Flusher:
+    """Brings the tables of all layers that are written to their files.
+
+    A flush through an export reaches the exported node and the files under it, but not its backing files; so each
+    writable layer below gets a window of its own.
+
+    Args:
+        place: where.
+        stack: closes the windows.
+    """
+
+    def __init__(self, place: Place, stack: AsyncExitStack) -> None:
+        self._place = place
+        self._stack = stack
+        self._windows: dict[str, Window] = {}
+
+    async def flush(self, links: Sequence[Link], top: Client) -> None:
+        """Flushes a chain, bottom up.
+
+        Args:
+            links: its layers.
+            top: of an export of the first of them.
+
+        Raises:
+            QmpnbdError: a layer cannot be flushed.
+        """
+        for link in reversed(links[1:]):
+            if not link.writable:
+                continue
+            if link.node_name not in self._windows:
+                self._windows[link.node_name] = await open_window(self._place, self._stack, link.node_name, [DEPTH])
+            await self._windows[link.node_name].client.flush(self._place.deadline)
+        await top.flush(self._place.deadline)
+
+
 class LiveDisk:
     """A disk that is being judged; made by `judge`."""
 
@@ -132,9 +174,11 @@ class LiveDisk:
         self._place = place
         self._stack = stack
         self._window = window
-        self._flushers: dict[str, Window] = {}
-        self._generation = generation_of(place.monitor.version) if choice.base else None
-        self._findings = Findings(window.client.export.size, choice)
+        self._flusher = Flusher(place, stack)
+        refused = base_refusal(place.monitor.version)
+        self._generation = generation_of(place.monitor.version) if choice.base and not refused else None
+        self._content = LiveContent(choice)
+        self._findings = Findings(window.client.export.size, choice, refused, self._content)
 
     @classmethod
     async def judge(
@@ -164,7 +208,7 @@ class LiveDisk:
             except DeadlineError:
                 if not disk._findings.discrepancy_totals()[0]:
                     raise  # what has been found is worth more than what could not be finished
-            return disk._findings, await disk._explained(listed)
+            return disk._findings, await explained(disk._findings, listed, place.deadline)
 
     async def _attempt(self, *, watched: bool) -> None:
         try:
@@ -182,7 +226,7 @@ class LiveDisk:
         writable = [link.node_name for link in links if link.writable]
         watch = [await self._watched(stack, node) for node in writable] if watched else []
         before = await self._served()
-        await self._flush(writable[1:] if links[0].writable else writable)
+        await self._flusher.flush(links, self._window.client)
         specs = specs_of(links, place.monitor)
         reading = await self._computed(specs)
         after = None if before.agrees(reading) else await self._served()
@@ -193,7 +237,7 @@ class LiveDisk:
         if now != below(graph, node_name):
             self._findings.add_void()
             return
-        self._findings.add(reading, before, after, touched, verified=self._verified(reading))
+        self._findings.add(reading, before, after, touched, verified=same_files(reading, place.monitor))
 
     async def _exported_node(self) -> str:
         """Returns the node that our export stands on now: it follows the graph, so its node-name changes."""
@@ -205,30 +249,20 @@ class LiveDisk:
         return Served(maps[DEPTH], maps.get(BASE_ALLOCATION))
 
     async def _read_content(self, specs: Sequence[LayerSpec], depth: ExtentMap) -> None:
-        client, deadline, content = self._window.client, self._place.deadline, self._findings.content
+        client, deadline, content = self._window.client, self._place.deadline, self._content
         with await in_thread(partial(open_layers, specs, deadline=deadline), deadline) as chain:
 
             async def served(offset: int, length: int) -> bytearray:
                 return await client.read(offset, length, deadline=deadline)
 
             async def computed(offset: int, length: int) -> bytearray:
+                self._place.on_bytes(length, content.bytes)
                 return await in_thread(partial(chain.read, offset, length), deadline)
 
             try:
                 await content.read(depth, client.export.minimum_block, served, computed)
             except ImageUnsupportedError as error:
                 content.give_up(error.what)
-
-    async def _flush(self, below_the_top: Sequence[str]) -> None:
-        """Brings the tables of all writable layers to their files.
-
-        A flush through an export reaches the exported node and the files under it, but not its backing files.
-        """
-        for node in reversed(below_the_top):
-            if node not in self._flushers:
-                self._flushers[node] = await open_window(self._place, self._stack, node, [DEPTH])
-            await self._flushers[node].client.flush(self._place.deadline)
-        await self._window.client.flush(self._place.deadline)
 
     async def _computed(self, specs: Sequence[LayerSpec]) -> Reading:
         return await in_thread(partial(read_chain, specs, self._place.deadline, self._generation), self._place.deadline)
@@ -251,31 +285,45 @@ class LiveDisk:
             touched = touched.combine(dirty.resized(size, 0), np.maximum)
         return touched
 
-    def _verified(self, reading: Reading) -> bool:
-        """Returns whether QEMU has the files open that were read; raises if it has others."""
-        monitor = self._place.monitor
-        open_files = monitor.peer.open_files() if monitor.peer is not None else None
-        if open_files is None:
-            return False
-        for layer, identity in zip(reading.layers, reading.identities, strict=True):
-            if identity not in open_files:
-                raise DiskNotLocalError(
-                    "the file of this name is not the one that QEMU has open: it was replaced under QEMU, or QEMU sees "
-                    "other files under the same names",
-                    where=layer.path,
-                    remedy="`qmpnbd map` still shows what is served.",
-                )
-        return True
 
-    async def _explained(self, listed: int) -> list[Explained]:
-        found = list(islice(self._findings.discrepancies(), listed))
-        reading, deadline = self._findings.reading, self._place.deadline
-        if not found or reading is None:
-            return []
-        try:
-            return await in_thread(partial(explain_all, reading.specs, found, deadline), deadline)
-        except QmpnbdError:
-            return [Explained(each, None) for each in found]  # the finding stands without its reason
+def same_files(reading: Reading, monitor: Monitor) -> bool:
+    """Returns whether QEMU is seen to have the files open that were read; False where the kernel does not tell.
+
+    Raises:
+        DiskNotLocalError: it has others.
+    """
+    open_files = monitor.peer.open_files() if monitor.peer is not None else None
+    if open_files is None:
+        return False
+    for layer, identity in zip(reading.layers, reading.identities, strict=True):
+        if identity not in open_files:
+            raise DiskNotLocalError(
+                "the file of this name is not the one that QEMU has open: it was replaced under QEMU, or QEMU sees "
+                "other files under the same names",
+                where=layer.path,
+                remedy="`qmpnbd map` still shows what is served.",
+            )
+    return True
+
+
+async def explained(findings: Findings, listed: int, deadline: Deadline) -> list[Explained]:
+    """Returns the first discrepancies of the allocation depth, with the table entries that decide.
+
+    Where the guest has changed these meanwhile, they are no reason any more, and left out.
+    """
+    found = list(islice(findings.discrepancies(), listed))
+    reading = findings.reading
+    if not found or reading is None:
+        return []
+    try:
+        reasons = await in_thread(partial(explain_all, reading.specs, found, deadline), deadline)
+    except QmpnbdError:
+        return [Explained(each, None) for each in found]  # the finding stands without its reason
+    return [each if _holds(each) else Explained(each.discrepancy, None) for each in reasons]
+
+
+def _holds(each: Explained) -> bool:
+    return each.explanation is None or each.explanation.allocation_depth == each.discrepancy.computed
 
 
 async def in_thread(work: Callable[[], T], deadline: Deadline) -> T:

@@ -102,10 +102,11 @@ class LiveContent:
     def _choose(self, depth: ExtentMap, alignment: int) -> None:
         chosen = whole(depth.size) if self._choice.content == "whole" else sample(depth, self._choice.seed, alignment)
         self.note, self.bytes = chosen.note, chosen.bytes
-        self._open = list(_pieces(chosen.ranges))
+        self._open = list(pieces(chosen.ranges))
 
 
-def _pieces(ranges: Sequence[Range]) -> Iterator[Range]:
+def pieces(ranges: Sequence[Range]) -> Iterator[Range]:
+    """Cuts ranges (offset and length) into pieces that are read at once."""
     for offset, length in ranges:
         for start in range(offset, offset + length, _PIECE):
             yield start, min(_PIECE, offset + length - start)

@@ -8,7 +8,7 @@ from itertools import islice
 from qmpnbd.errors import QmpnbdError
 from qmpnbd.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION
 from qmpnbd.qmp.disks import Disk
-from qmpnbd.report.contexts import CONTENT
+from qmpnbd.report.contexts import CONTENT, DIRTY_BITMAP
 from qmpnbd.report.layers import layer_entries
 from qmpnbd.report.model import (
     ComparedEntry,
@@ -22,6 +22,7 @@ from qmpnbd.report.model import (
 )
 from qmpnbd.report.picture import picture_of
 from qmpnbd.report.strip import STRIP_CELLS, dominant
+from qmpnbd.validate.compare import MapFinding
 from qmpnbd.validate.content import ContentDifference
 from qmpnbd.validate.findings import Findings
 from qmpnbd.validate.reading import Explained
@@ -50,7 +51,7 @@ def disk_report(
         name=disk.name,
         qom_path=disk.qom_path,
         node_name=disk.node_name,
-        verdict=_verdict(findings, count),
+        verdict=_verdict(findings, compared),
         size=findings.size,
         computed_size=findings.size if reading is None else reading.depth.size,
         layers=() if reading is None else layer_entries(reading.layers),
@@ -78,14 +79,18 @@ def disk_report(
 def _compared(findings: Findings) -> Iterator[ComparedEntry]:
     count, bytes_found = findings.discrepancy_totals()
     aside = findings.set_aside().totals().get(1, 0)
-    yield _entry(ALLOCATION_DEPTH, findings.size, count, bytes_found, aside)
-    if findings.base is not None and findings.reading is not None and findings.reading.base is None:
+    if findings.with_depth:
+        yield _entry(ALLOCATION_DEPTH, findings.size, count, bytes_found, aside)
+    if findings.base_refused:
+        yield ComparedEntry(what=BASE_ALLOCATION, verdict="not-judged", bytes=0, note=findings.base_refused)
+    elif findings.base is not None and findings.reading is not None and findings.reading.base is None:
         note = "the format of a layer does not tell where its data lies"
         yield ComparedEntry(what=BASE_ALLOCATION, verdict="not-judged", bytes=0, note=note)
     elif findings.base is not None:
         aside = 0 if findings.sizes_differ else findings.base.set_aside().totals().get(1, 0)
         entry = _entry(BASE_ALLOCATION, findings.size, *findings.base.discrepancy_totals(), aside)
         yield entry.model_copy(update={"note": "zeroes in data taken for data"})
+    yield from map(map_entry, findings.bitmaps)
     content = findings.content
     if content.bytes or content.note:
         entry = content_entry(content.found, content.bytes, content.note)
@@ -103,6 +108,29 @@ def _entry(what: str, size: int, count: int, bytes_found: int, aside: int) -> Co
         discrepancy_bytes=bytes_found,
         set_aside_bytes=aside,
     )
+
+
+def map_entry(found: MapFinding) -> ComparedEntry:
+    """Describes the comparison of a metadata context on a disk that stands still."""
+    if found.comparison is None or found.served is None:
+        return ComparedEntry(what=found.context, verdict="not-judged", bytes=0, note=found.note)
+    count, bytes_found = found.comparison.discrepancy_totals()
+    return ComparedEntry(
+        what=found.context,
+        verdict="discrepancy" if count else "agreed",
+        bytes=found.served.size,
+        discrepancy_count=count,
+        discrepancy_bytes=bytes_found,
+        note=found.note,
+    )
+
+
+def map_discrepancies(found: MapFinding, listed: int) -> Iterator[DiscrepancyEntry]:
+    """Yields the first discrepancies of a metadata context."""
+    if found.comparison is not None:
+        for each in islice(found.comparison.discrepancies(), listed):
+            entry = discrepancy_entry(Explained(each, None), found.context)
+            yield entry.model_copy(update={"finding": found.finding})
 
 
 def content_entry(differences: Sequence[ContentDifference], compared_bytes: int, note: str) -> ComparedEntry:
@@ -127,6 +155,8 @@ def _others(findings: Findings, listed: int) -> Iterator[DiscrepancyEntry]:
     """Yields the first discrepancies of what was compared beside the allocation depth."""
     for each in islice(() if findings.base is None else findings.base.discrepancies(), listed):
         yield discrepancy_entry(Explained(each, None), BASE_ALLOCATION)
+    for found in findings.bitmaps:
+        yield from map_discrepancies(found, listed)
     for differing in findings.content.found[:listed]:
         yield content_discrepancy(differing)
 
@@ -157,6 +187,11 @@ def failed_disk_report(disk: Disk, error: QmpnbdError) -> DiskReport:
     )
 
 
+def not_judged_disk_report(disk: Disk) -> DiskReport:
+    """Makes the report of a disk whose turn has not come."""
+    return DiskReport(name=disk.name, qom_path=disk.qom_path, node_name=disk.node_name, verdict="not-judged")
+
+
 def worst(reports: Iterable[DiskReport]) -> Verdict:
     """Returns the verdict over several disks.
 
@@ -166,10 +201,15 @@ def worst(reports: Iterable[DiskReport]) -> Verdict:
     return next((verdict for verdict in _ORDER if verdict in found), "agreed")
 
 
-def _verdict(findings: Findings, count: int) -> Verdict:
-    if findings.sizes_differ or count:
+def _verdict(findings: Findings, compared: Sequence[ComparedEntry]) -> Verdict:
+    if findings.sizes_differ or any(entry.discrepancy_count for entry in compared):
         return "discrepancy"
-    return "incomplete" if findings.unfinished else "agreed"
+    return "incomplete" if findings.unfinished or any(map(falls_short, compared)) else "agreed"
+
+
+def falls_short(entry: ComparedEntry) -> bool:
+    """Returns whether something was to be compared, and was not; a bitmap that is not served is nothing said."""
+    return entry.verdict == "not-judged" and not entry.what.startswith(DIRTY_BITMAP)
 
 
 def discrepancy_entry(each: Explained, compared: str = ALLOCATION_DEPTH) -> DiscrepancyEntry:

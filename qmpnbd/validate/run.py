@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
@@ -30,14 +30,17 @@ from qmpnbd.qmp.disks import Disk, chosen_disks
 from qmpnbd.qmp.graph import chain_of
 from qmpnbd.qmp.inventory import Inventory, read_inventory, require_no_iothread_bug, require_safe_moment
 from qmpnbd.qmp.monitor import Monitor
+from qmpnbd.qmp.planning import Wishes
 from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.server import STOP_SECONDS, start_server, stop_server
 from qmpnbd.qmp.teardown import TakeDown
-from qmpnbd.report.model import DiskReport, ValidationReport
+from qmpnbd.report.model import DiskReport, ErrorEntry, ValidationReport
 from qmpnbd.validate.choice import Choice
+from qmpnbd.validate.instant_run import InstantTerms, judged_at_instant
 from qmpnbd.validate.live import LiveDisk, Place, in_thread, specs_of
-from qmpnbd.validate.outcome import disk_report, failed_disk_report, worst
+from qmpnbd.validate.outcome import disk_report, failed_disk_report, not_judged_disk_report, worst
+from qmpnbd.validate.progress import Progress
 from qmpnbd.validate.reading import check_readable
 
 log = logging.getLogger(__name__)
@@ -62,7 +65,11 @@ class Options:
         runtime_dir: where the private directory is made; None for the folder for temporary files.
         allow_iothread: work on disks in an iothread although this QEMU is known to abort on them.
         listed: how many discrepancies are listed and explained; all are counted.
-        choice: what is compared. The bitmaps of a running QEMU are not: it keeps them in memory, and no file has them.
+        choice: what is compared. The bitmaps of a running QEMU are not, unless at a point in time: it keeps them in
+            memory, and no file has them.
+        instant: judge all disks at one point in time, taken like this; None to judge them as they go on.
+        change_seconds: with `instant`, compare bitmaps that record with what changed since an earlier point in time, so
+            many seconds before; None not to.
     """
 
     seconds: float | None = DEFAULT_SECONDS
@@ -72,6 +79,66 @@ class Options:
     allow_iothread: bool = False
     listed: int = 100
     choice: Choice = field(default_factory=Choice)
+    instant: Wishes | None = None
+    change_seconds: float | None = None
+
+
+class SoFar:
+    """What is known of a run while it goes on: for the report on one that is ended early.
+
+    Args:
+        monitor: the QMP address, until QEMU was heard.
+
+    Attributes:
+        progress: how far it is.
+    """
+
+    def __init__(self, monitor: str) -> None:
+        self.progress = Progress(1)
+        self._head = {"monitor": monitor, "qemu": "", "guest": ""}
+        self._started = datetime.now(UTC)
+        self._waiting: list[DiskReport] = []
+        self._done: list[DiskReport] = []
+
+    def begin(self, monitor: str, qemu: str, guest: str, waiting: Sequence[DiskReport]) -> None:
+        """Notes which disks there are to validate, as reports that say that they were not judged."""
+        self._head = {"monitor": monitor, "qemu": qemu, "guest": guest}
+        self._waiting = list(waiting)
+        self.progress.total = len(self._waiting)
+
+    def content(self, count: int, total: int) -> None:
+        """Notes that `count` more bytes of the `total` of the disk under way have been compared."""
+        self.progress.content(len(self._done), count, total)
+
+    def add(self, report: DiskReport) -> None:
+        """Notes that a disk is done; they are done in their order."""
+        self.progress.disk(len(self._done), discrepancy=report.verdict == "discrepancy")
+        self._done.append(report)
+
+    def report(
+        self, left_behind: Sequence[str], stopped: ErrorEntry | None = None, *, failed: bool = False
+    ) -> ValidationReport:
+        """Returns what is known; of the rest it says that it was not judged.
+
+        Args:
+            left_behind: what could not be taken down, in words.
+            stopped: what ended the run early; None if nothing did.
+            failed: whether that was an error, not somebody's wish.
+        """
+        disks = (*self._done, *self._waiting[len(self._done) :])
+        verdict = worst(disks)
+        if failed and verdict != "discrepancy":
+            verdict = "error"
+        elif stopped is not None and verdict == "agreed":
+            verdict = "incomplete"
+        return ValidationReport(
+            **self._head,
+            started=self._started.isoformat(timespec="seconds"),
+            verdict=verdict,
+            disks=disks,
+            left_behind=tuple(left_behind),
+            stopped=stopped,
+        )
 
 
 def validate(
@@ -87,6 +154,7 @@ async def validate_disks(
     options: Options | None = None,
     *,
     on_disk: Callable[[DiskReport], None] | None = None,
+    so_far: SoFar | None = None,
 ) -> ValidationReport:
     """Validates disks of a running QEMU: is the allocation depth it serves what the image files hold?
 
@@ -95,6 +163,7 @@ async def validate_disks(
         disks: qdev ids, QOM paths or node-names; none for all disks of the guest.
         options: how to do it.
         on_disk: is handed the report of each disk as soon as there is one.
+        so_far: is told what is known: for progress, and for a report should the run be cancelled.
 
     Returns:
         The report. If several disks are validated, one that cannot be is reported as ``error`` and the others go on.
@@ -107,19 +176,11 @@ async def validate_disks(
     if choice.rounds < MIN_ROUNDS:
         raise UsageError(f"{choice.rounds} rounds", where="rounds", remedy=f"At least {MIN_ROUNDS} are needed.")
     deadline = Deadline(choice.seconds)
-    started = datetime.now(UTC)
+    known = so_far or SoFar(str(monitor))
     async with await Monitor.connect(monitor, deadline) as connected:
-        run = _Run(connected, choice, deadline, TakeDown(connected.is_gone), on_disk)
-        guest, reports = await run.all(disks)
-        return ValidationReport(
-            monitor=connected.where,
-            qemu=str(connected.version),
-            guest=guest,
-            started=started.isoformat(timespec="seconds"),
-            verdict=worst(reports),
-            disks=tuple(reports),
-            left_behind=tuple(run.take_down.left),
-        )
+        run = _Run(connected, choice, deadline, TakeDown(connected.is_gone), on_disk, known)
+        await run.all(disks)
+        return known.report(run.take_down.left)
 
 
 @dataclass(slots=True)
@@ -131,8 +192,9 @@ class _Run:
     deadline: Deadline
     take_down: TakeDown
     on_disk: Callable[[DiskReport], None] | None
+    so_far: SoFar
 
-    async def all(self, wanted: Sequence[str]) -> tuple[str, list[DiskReport]]:
+    async def all(self, wanted: Sequence[str]) -> None:
         try:
             for removed in await remove_leftovers(self.monitor, self.options.runtime_dir, self.deadline):
                 log.warning("took down what a killed run had left: %s", removed)
@@ -141,13 +203,15 @@ class _Run:
             disks = chosen_disks(
                 wanted, inventory.disks, inventory.graph, where=self.monitor.where, empty=inventory.empty
             )
-            return guest, await self._judged(disks, inventory)
+            waiting = [not_judged_disk_report(disk).model_copy(update=self._origin()) for disk in disks]
+            self.so_far.begin(self.monitor.where, str(self.monitor.version), guest, waiting)
+            await self._judged(disks, inventory)
         except BaseException as error:
             for note in self.take_down.left:
                 error.add_note(note)
             raise
 
-    async def _judged(self, disks: Sequence[Disk], inventory: Inventory) -> list[DiskReport]:
+    async def _judged(self, disks: Sequence[Disk], inventory: Inventory) -> None:
         shared = None if self.options.nbd is None else shared_server(self.options.nbd)
         async with AsyncExitStack() as stack:
             create = partial(RunDirectory.create, self.options.runtime_dir, for_peer=self.monitor.peer)
@@ -156,22 +220,35 @@ class _Run:
                 stack.push_async_callback(self._stop_server, directory)
                 await start_server(self.monitor, directory, self.deadline)
             server = shared or NbdUri.unix(str(directory.socket_path), "")
-            place = Place(self.monitor, server, directory.run, count(), self.take_down, self.deadline)
-            reports: list[DiskReport] = []
+            told = self.so_far.content
+            place = Place(self.monitor, server, directory.run, count(), self.take_down, self.deadline, told)
+            if self.options.instant is not None:
+                await self._at_instant(self.options.instant, place, directory, disks)
+                return
             lost: MonitorLostError | None = None
             for disk in disks:
                 try:
                     if lost is not None:
                         raise lost
-                    reports.append(await self._disk(disk, inventory, place))
+                    self._done(await self._disk(disk, inventory, place))
                 except QmpnbdError as error:
                     if len(disks) == 1:
                         raise
                     lost = error if isinstance(error, MonitorLostError) else None
-                    reports.append(failed_disk_report(disk, error).model_copy(update=self._origin()))
-                if self.on_disk is not None:
-                    self.on_disk(reports[-1])
-            return reports
+                    self._done(failed_disk_report(disk, error))
+
+    def _done(self, report: DiskReport) -> None:
+        told = report.model_copy(update=self._origin())
+        self.so_far.add(told)
+        if self.on_disk is not None:
+            self.on_disk(told)
+
+    async def _at_instant(self, wishes: Wishes, place: Place, directory: RunDirectory, disks: Sequence[Disk]) -> None:
+        wishes = replace(wishes, allow_iothread=self.options.allow_iothread)
+        terms = InstantTerms(wishes, self.options.choice, self.options.listed, self.options.change_seconds)
+        place = replace(place, numbers=count(3 * len(disks)))
+        for report in await judged_at_instant(place, directory, disks, terms):
+            self._done(report)
 
     async def _disk(self, disk: Disk, inventory: Inventory, place: Place) -> DiskReport:
         began = time.monotonic()
@@ -189,8 +266,7 @@ class _Run:
             ) from error
         rounds, listed, choice = self.options.rounds, self.options.listed, self.options.choice
         findings, explained = await LiveDisk.judge(place, disk.node_name, rounds, listed, choice)
-        report = disk_report(disk, findings, explained, self.options.listed, time.monotonic() - began)
-        return report.model_copy(update=self._origin())
+        return disk_report(disk, findings, explained, self.options.listed, time.monotonic() - began)
 
     def _origin(self) -> dict[str, str]:
         return {

@@ -26,7 +26,7 @@ from qmpnbd.nbd.client import Client
 from qmpnbd.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION
 from qmpnbd.nbd.limits import Limits
 from qmpnbd.validate.choice import Choice
-from qmpnbd.validate.compare import Comparison, Discrepancy
+from qmpnbd.validate.compare import Comparison, Discrepancy, MapFinding, compared, marked
 from qmpnbd.validate.content import ContentDifference, compare_content
 from qmpnbd.validate.sample import Sample, both, sample, whole
 from qmpnbd.validate.stamps import Stamp, require_unchanged
@@ -34,23 +34,6 @@ from qmpnbd.validate.stamps import Stamp, require_unchanged
 DIRTY = "qemu:dirty-bitmap:"
 GENERATIONS: tuple[Generation, ...] = ("10.0", "7.2", "5.2")
 """Those whose base:allocation is known, and differs."""
-
-
-@dataclass(frozen=True, slots=True)
-class MapFinding:
-    """What the comparison of one metadata context found.
-
-    Attributes:
-        context: its name.
-        served: the map as served; None where there is nothing to compare it with, or nothing is served.
-        comparison: the judgement; None likewise.
-        note: why there is none, or what else to know; may be empty.
-    """
-
-    context: str
-    served: ExtentMap | None
-    comparison: Comparison | None
-    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +80,10 @@ class StillFindings:
         """The allocation depth as served, if it was compared."""
         return next((found.served for found in self.maps if found.context == ALLOCATION_DEPTH), None)
 
-    def depth_discrepancies(self) -> ExtentMap:
-        """Returns what is not 0 for every byte of a discrepancy of the allocation depth, and 0 elsewhere."""
-        for found in self.maps:
-            if found.context == ALLOCATION_DEPTH and found.comparison is not None:
-                return found.comparison.discrepancy_map()
-        return ExtentMap.uniform(self.depth.size, 0)
+    def discrepancy_map(self) -> ExtentMap:
+        """Returns 1 for every byte of a discrepancy, whatever was compared, and 0 elsewhere."""
+        differences = () if self.content is None else self.content.differences
+        return marked(self.size, (found.comparison for found in self.maps), differences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +159,9 @@ class StillDisk:
         if served is None:
             return MapFinding(context, None, None, "the server does not offer it")
         if context == ALLOCATION_DEPTH:
-            return MapFinding(context, served, _compared(served, depth))
+            return MapFinding(context, served, compared(served, depth))
         if context.startswith(DIRTY):
-            return MapFinding(context, served, _compared(served, self.chain.bitmap(0, context.removeprefix(DIRTY))))
+            return MapFinding(context, served, compared(served, self.chain.bitmap(0, context.removeprefix(DIRTY))))
         try:
             return self._base(served)
         except ImageUnsupportedError as error:
@@ -191,7 +172,7 @@ class StillDisk:
         known = (self.generation,) if self.generation is not None else GENERATIONS
         nearest: tuple[int, Generation, Comparison] | None = None
         for generation in known:
-            comparison = _compared(served, self.chain.base_allocation(generation))
+            comparison = compared(served, self.chain.base_allocation(generation))
             differing = comparison.discrepancy_totals()[1]
             if nearest is None or differing < nearest[0]:
                 nearest = differing, generation, comparison
@@ -231,12 +212,6 @@ class StillDisk:
             return self.chain.explain(each.offset)
         except QmpnbdError:
             return None  # the finding stands without its reason
-
-
-def _compared(served: ExtentMap, computed: ExtentMap) -> Comparison:
-    comparison = Comparison(served.size)
-    comparison.add(served, computed, served, ExtentMap.uniform(served.size, 0))
-    return comparison
 
 
 def _is_text(name: str) -> bool:

@@ -8,7 +8,6 @@ from itertools import islice
 from qmpnbd.errors import QmpnbdError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.constants import ALLOCATION_DEPTH
-from qmpnbd.report.contexts import DIRTY_BITMAP
 from qmpnbd.report.layers import layer_entries
 from qmpnbd.report.model import (
     ComparedEntry,
@@ -21,9 +20,16 @@ from qmpnbd.report.model import (
 from qmpnbd.report.picture import picture_of
 from qmpnbd.report.strip import STRIP_CELLS, dominant
 from qmpnbd.validate.choice import Choice
-from qmpnbd.validate.outcome import content_discrepancy, content_entry, discrepancy_entry
+from qmpnbd.validate.outcome import (
+    content_discrepancy,
+    content_entry,
+    discrepancy_entry,
+    falls_short,
+    map_discrepancies,
+    map_entry,
+)
 from qmpnbd.validate.reading import Explained
-from qmpnbd.validate.still import MapFinding, StillFindings, Terms
+from qmpnbd.validate.still import StillFindings, Terms
 from qmpnbd.validate.target import Target
 
 
@@ -50,7 +56,7 @@ def still_report(target: Target, findings: StillFindings, terms: Terms, qemu: st
         totals=tuple(DepthTotal(allocation_depth=depth, bytes=total) for depth, total in served.totals().items()),
         extents=len(served),
         strip=dominant(served, STRIP_CELLS),
-        picture=picture_of(served, findings.depth_discrepancies(), ExtentMap.uniform(served.size, 0)),
+        picture=picture_of(served, findings.discrepancy_map(), ExtentMap.uniform(served.size, 0)),
         rounds=1,
         discrepancies=tuple(_discrepancies(findings, terms.listed)),
         discrepancy_count=count,
@@ -88,39 +94,22 @@ def not_judged_report(target: Target, choice: Choice) -> DiskReport:
 def _verdict(findings: StillFindings, compared: Sequence[ComparedEntry]) -> Verdict:
     if findings.size != findings.computed_size or any(entry.discrepancy_count for entry in compared):
         return "discrepancy"
-    # A bitmap that a server does not offer is nothing it has said.
-    wanted = [entry for entry in compared if not entry.what.startswith(DIRTY_BITMAP)]
-    return "incomplete" if any(entry.verdict == "not-judged" for entry in wanted) else "agreed"
+    return "incomplete" if any(map(falls_short, compared)) else "agreed"
 
 
 def _compared(findings: StillFindings) -> Iterator[ComparedEntry]:
     for found in findings.maps:
-        yield _map_entry(found)
+        yield map_entry(found)
     if findings.content is not None:
         content = findings.content
         yield content_entry(content.differences, content.sample.bytes, content.note or content.sample.note)
-
-
-def _map_entry(found: MapFinding) -> ComparedEntry:
-    if found.comparison is None or found.served is None:
-        return ComparedEntry(what=found.context, verdict="not-judged", bytes=0, note=found.note)
-    count, bytes_found = found.comparison.discrepancy_totals()
-    return ComparedEntry(
-        what=found.context,
-        verdict="discrepancy" if count else "agreed",
-        bytes=found.served.size,
-        discrepancy_count=count,
-        discrepancy_bytes=bytes_found,
-        note=found.note,
-    )
 
 
 def _discrepancies(findings: StillFindings, listed: int) -> Iterator[DiscrepancyEntry]:
     for discrepancy, explanation in findings.explained:
         yield discrepancy_entry(Explained(discrepancy, explanation))
     for found in findings.maps:
-        if found.context != ALLOCATION_DEPTH and found.comparison is not None:
-            for each in islice(found.comparison.discrepancies(), listed):
-                yield discrepancy_entry(Explained(each, None), found.context)
+        if found.context != ALLOCATION_DEPTH:
+            yield from map_discrepancies(found, listed)
     for differing in islice(() if findings.content is None else findings.content.differences, listed):
         yield content_discrepancy(differing)

@@ -62,10 +62,16 @@ def medians(runs: Iterable[Run]) -> Run:
     )
 
 
-def side_by_side(commands: dict[str, Sequence[str]], rounds: int = ROUNDS) -> dict[str, Run]:
-    """Times commands in turn, A B C A B C …, after one round that is not counted; returns their medians."""
+def side_by_side(commands: dict[str, Sequence[str]], rounds: int = ROUNDS, *, warm_up: bool = True) -> dict[str, Run]:
+    """Times commands in turn, A B C A B C …, and returns their medians.
+
+    Args:
+        commands: name -> words.
+        rounds: how often each is timed.
+        warm_up: whether a round that is not counted comes first.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in commands}
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         for name, command in commands.items():
             result = run(command)
             if number:

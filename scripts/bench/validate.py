@@ -3,7 +3,9 @@
 The large disk is that of the benchmark of chains: 1 TiB, four layers, 2.2 million extents, standing still. Ours reads
 two maps from the server, computes both from the files and compares a sample of the content; nbdinfo reads one map. Each
 side has a storage daemon of its own: ours is the one that the command starts, and its time counts; nbdinfo's runs
-already. Prints Markdown.
+already. Peak memory is that of the larger process: of ours, or of the storage daemon that it starts. Prints Markdown.
+
+On a busy machine `chrt -r 1 scripts/bench/validate --rounds 2` keeps others from being measured, the daemons included.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -22,7 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from chain import four_layers
-from measure import side_by_side, table
+from measure import ROUNDS, run, side_by_side, table
+
+from qmpnbd.validate.fleet import usable_cpus
 
 OURS = [sys.executable, "-m", "qmpnbd", "validate"]
 THEIRS = "nbdinfo --map=qemu:allocation-depth"
@@ -45,14 +50,17 @@ def served(image: Path, folder: Path) -> Iterator[str]:
         child.terminate()
 
 
-def large(folder: Path) -> None:
+def large(folder: Path, rounds: int) -> None:
     """Prints the comparison on the large disk."""
-    image = four_layers(folder)
+    # In a process of its own: the kernel counts what this one has used at its peak for every child it starts.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        image = pool.apply(four_layers, (folder,))
     with served(image, folder) as uri:
         commands = {THEIRS: ["nbdinfo", "--map=qemu:allocation-depth", "--json", uri]}
-        commands["qmpnbd validate"] = [*OURS, "--json", str(image)]
         commands["qmpnbd validate, depth alone"] = [*OURS, "--json", "--compare=depth", "--content=none", str(image)]
-        results = side_by_side(commands)
+        commands["qmpnbd validate"] = [*OURS, "--json", str(image)]
+        # Few rounds need none to warm up: nothing is read from a disk, the image has just been written.
+        results = side_by_side(commands, rounds, warm_up=rounds > 2)
     print(table("1 TiB, four layers, 2.2 million extents, standing still", results, THEIRS))
 
 
@@ -65,12 +73,11 @@ def small(folder: Path, count: int) -> None:
     subprocess.run(["qemu-io", *(word for write in writes for word in ("-c", write)), str(first)], check=True)
     for number in range(1, count):
         shutil.copy(first, first.with_name(f"{number:04}.qcow2"))
-    print("| images | compared | seconds | images/s |\n|---|---|---|---|")
+    print(f"**{count:,} images of 64 MiB in one run, {usable_cpus()} jobs**\n")
+    print("| compared | seconds | images/s | CPU seconds | peak MiB |\n|---|---|---|---|---|")
     for words, options in (("all but whole content", []), ("depth alone", ["--compare=depth", "--content=none"])):
-        began = time.monotonic()
-        subprocess.run([*OURS, *options, str(first.parent)], check=True, stdout=subprocess.DEVNULL)
-        seconds = time.monotonic() - began
-        print(f"| {count} | {words} | {seconds:.1f} | {count / seconds:.0f} |")
+        once = run([*OURS, *options, str(first.parent)])
+        print(f"| {words} | {once.wall:.1f} | {count / once.wall:.0f} | {once.cpu:.1f} | {once.memory:.0f} |")
 
 
 def main() -> None:
@@ -78,11 +85,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=["large", "small", []], help="default: both")
     parser.add_argument("--images", type=int, default=1000, help="small images (default: 1000)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the large disk (default: {ROUNDS})")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-validate-"))
     try:
         if "large" in (arguments.cases or ["large"]):
-            large(folder)
+            large(folder, arguments.rounds)
         if "small" in (arguments.cases or ["small"]):
             small(folder, arguments.images)
     finally:

@@ -6,9 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from qmpnbd.report.model.export import InstantEntry
 from qmpnbd.report.model.parts import Document, ErrorEntry, LayerEntry, Part, RangeEntry
 
 Verdict = Literal["agreed", "discrepancy", "incomplete", "error", "not-judged"]
+Finding = Literal["differs", "bitmap-misses-change"]
 
 
 class DepthTotal(Part):
@@ -45,6 +47,8 @@ class DiscrepancyEntry(Part):
         compared: what was compared: a metadata context, or ``content``.
         served_sha256: of content, the SHA-256 of the bytes served for the whole run, in hexadecimal; else null.
         computed_sha256: of content, that of the bytes in the files; else null.
+        finding: ``differs``, or ``bitmap-misses-change``: these bytes changed between two points in time, and the
+            bitmap that recorded all the while calls them clean.
     """
 
     offset: int
@@ -56,6 +60,7 @@ class DiscrepancyEntry(Part):
     compared: str = "qemu:allocation-depth"
     served_sha256: str | None = None
     computed_sha256: str | None = None
+    finding: Finding = "differs"
 
 
 class ComparedEntry(Part):
@@ -158,6 +163,7 @@ class DiskReport(Part):
         files: the image files as they were read; none for a running guest's, which change all the time.
         agreed_in: when the former report was made from which the verdict was taken, because nothing has changed since;
             empty if the disk was judged in this run.
+        instant: the point in time at which it was judged; null if it was judged as it went on.
     """
 
     name: str
@@ -187,6 +193,7 @@ class DiskReport(Part):
     files_verified: bool = False
     seconds: float = 0.0
     error: ErrorEntry | None = None
+    instant: InstantEntry | None = None
 
 
 class ValidationReport(Document):
