@@ -87,3 +87,12 @@ def test_every_section_of_the_specification_is_somewhere_below() -> None:
 
 def test_only_rows_of_tables_are_long() -> None:
     assert [line for line in LINES if len(line) > 120 and not line.startswith("| ")] == []
+
+
+def test_every_test_that_the_document_on_backups_names_exists() -> None:
+    text = (TESTS.parent / "docs" / "backup.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", text))
+    modules = {path.stem for path in TESTS.glob("test_*.py")}
+    there = {test for module in modules for test in functions_of(module)}
+    assert named - there - modules == set()
+    assert len(named) > 20

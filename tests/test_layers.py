@@ -39,6 +39,7 @@ DOORS |= {"images.block_source", "images.members"}
 RUN_MODULES = {"validate.run", "validate.live", "validate.daemon", "validate.fleet", "validate.instant_run"}
 RUN_MODULES |= {"control.populate", "export.session", "export.blocking"}
 RUN_MODULES |= {"backup.run", "backup.begin", "backup.machine", "backup.restore", "backup.verify", "backup.instantly"}
+RUN_MODULES |= {"backup.boottest"}
 """Of layer 3, those that may wait for something."""
 
 WAITING = {"socket", "asyncio", "subprocess", "select", "selectors", "ssl", "qemu"}

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpnbd.extents import ExtentMap
-from qmpnbd.report import jsontext, maptext, nbdinfo, text
+from qmpnbd.report import jsontext, maptext, nbdinfo
 from qmpnbd.report.contexts import describe
 from qmpnbd.report.model import ChainDocument, MapDocument
 from qmpnbd.report.rows import choice, constant, digits, extent_rows
+from qmpnbd.report.sizes import human_size
 from qmpnbd.report.strip import dominant
 
 lengths = st.one_of(st.integers(1, 20), st.integers(1, 2**40))
@@ -104,7 +105,7 @@ def test_choice_is_asked_once_for_each_value() -> None:
 
 @pytest.mark.parametrize(("value", "shown"), [(0, "0 B"), (1023, "1023 B"), (65536, "64 KiB"), (1 << 60, "1 EiB")])
 def test_human_sizes(value: int, shown: str) -> None:
-    assert text.human_size(value) == shown
+    assert human_size(value) == shown
 
 
 @given(maps, st.integers(1, 9))

@@ -23,10 +23,12 @@ BROKEN_PIPE = 141
 TERMINATED = 143
 
 _OTHERS = {
-    AGREED: "success; validate: served and computed agree; check: clean",
-    DISCREPANCY: "validate: served and computed differ; info --can: no; check: corruptions or overlaps",
+    AGREED: "success; validate: served and computed agree; check: clean; verify: proved",
+    DISCREPANCY: "validate: served and computed differ; info --can: no; check: corruptions or overlaps; "
+    "repository check: damage; verify: a backup is damaged or does not boot",
     INCOMPLETE: "validate: no discrepancy, but not everything could be judged; check: leaks, nothing worse; "
-    "recover: runs of unknown state were left alone",
+    "recover: runs of unknown state were left alone; repository check: only what killed runs left; "
+    "verify: nothing wrong, but not everything could be judged",
     FELL_BACK: "backup: done and proved, but a disk is not the increment that was asked for; the report says why",
     NOT_QUIESCED: "backup: done and proved, but the guest's filesystems were not at rest although that was asked for",
     UNREADABLE: "chain: some ranges cannot be read, and are shown as such",

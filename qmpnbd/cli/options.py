@@ -39,7 +39,14 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def add_granularity(parser: argparse.ArgumentParser, default: str) -> None:
+def positive(text: str) -> int:
+    """Reads a whole number of 1 or more."""
+    if not text.isascii() or not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def add_granularity(parser: argparse._ActionsContainer, default: str) -> None:
     """Adds ``--granularity``; `default` says what is taken without."""
     parser.add_argument(
         "--granularity",
@@ -51,6 +58,9 @@ def add_granularity(parser: argparse.ArgumentParser, default: str) -> None:
 
 LONG_SECONDS = 600.0
 """For what reads whole maps: ten times what a disk of a hundred million extents takes."""
+
+WEEK_SECONDS = 7 * 86400.0
+"""For what reads or writes whole disks."""
 
 SHORT_SECONDS = 30.0
 """For what only asks a few questions."""

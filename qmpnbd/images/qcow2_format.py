@@ -41,7 +41,7 @@ _VERSION_3 = struct.Struct(">QQQII")
 _END_OF_3 = _COMMON.size + _VERSION_3.size
 _EXTENSION = struct.Struct(">II")
 _END = 0
-_BACKING_FORMAT = 0xE2792ACA
+BACKING_FORMAT = 0xE2792ACA  # header extension
 _DATA_FILE = 0x44415441
 _BITMAPS = 0x23852875
 _ENCRYPTION = 0x0537BE77
@@ -265,7 +265,7 @@ def unpack_extensions(area: bytes, header: Qcow2Header, where: str) -> Extension
             break
         start, place = at + _EXTENSION.size, header.header_length + at
         room = max(len(area) - start, 0)
-        limit = min(room, _BACKING_FORMAT_MAX) if kind == _BACKING_FORMAT else room
+        limit = min(room, _BACKING_FORMAT_MAX) if kind == BACKING_FORMAT else room
         if length > limit:
             raise ImageCorruptError(
                 f"{length} bytes long, with room for {limit}",
@@ -281,7 +281,7 @@ def unpack_extensions(area: bytes, header: Qcow2Header, where: str) -> Extension
     if header.has_data_file and data_file is None:
         _refuse(header, "incompatible", "data lies in another file, but no header extension names it", where)
     # QEMU holds it as a C string. What is not ASCII is no format; it is refused by name where the name is looked at.
-    backing_format = found.get(_BACKING_FORMAT, b"").split(b"\0")[0].decode("ascii", "backslashreplace")
+    backing_format = found.get(BACKING_FORMAT, b"").split(b"\0")[0].decode("ascii", "backslashreplace")
     return Extensions(backing_format, data_file, found.get(_BITMAPS), found.get(_ENCRYPTION))
 
 

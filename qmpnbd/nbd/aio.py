@@ -213,6 +213,7 @@ class Client:
         *,
         size: int = transfer.READ_PIECE,
         in_flight: int = transfer.READS_IN_FLIGHT,
+        place: Callable[[int, int], memoryview] | None = None,
         deadline: Deadline | None = None,
     ) -> AsyncIterator[tuple[int, memoryview]]:
         """Reads ranges piece by piece, several requests in flight: the fast way to read much ("NBD_CMD_READ").
@@ -224,12 +225,15 @@ class Client:
             ranges: offset and length of each range.
             size: bytes of a piece at most.
             in_flight: requests in flight, each with a buffer of `size` bytes.
+            place: tells where the data of a piece is to be put, by its offset and length, when it arrives; for pieces
+                that are to outlive the next one. None to have buffers reused here.
             deadline: how long it may take, with what the caller does in between.
 
         Yields:
-            Offset and data of a piece. The data is good until the next piece is asked for: buffers are reused.
+            Offset and data of a piece. The data is good until the next piece is asked for, unless there is a `place`
+            for it.
         """
-        plan = transfer.Chunks(self.export, self.where, ranges, size=size, in_flight=in_flight)
+        plan = transfer.Chunks(self.export, self.where, ranges, size=size, in_flight=in_flight, place=place)
         while True:
             runner = self._runner
             try:

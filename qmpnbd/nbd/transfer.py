@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Final
 
 from qmpnbd.errors import NbdDisconnectedError, NbdUnsupportedError, UsageError
@@ -204,13 +205,22 @@ class Chunks:
         ranges: offset and length of each; asked for one after the other.
         size: bytes of one piece at most.
         in_flight: requests in flight.
+        place: tells where the data of a piece goes, by its offset and length; None for buffers of this object's own,
+            which are reused.
 
     Raises:
         UsageError: a size or a number that makes no sense.
     """
 
     def __init__(
-        self, export: Export, where: str, ranges: Iterable[tuple[int, int]], *, size: int, in_flight: int
+        self,
+        export: Export,
+        where: str,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        size: int,
+        in_flight: int,
+        place: Callable[[int, int], memoryview] | None = None,
     ) -> None:
         block = export.minimum_block
         if size < 1 or size % block or not 1 <= in_flight <= MOST_IN_FLIGHT:
@@ -224,6 +234,8 @@ class Chunks:
         self._size = min(size, longest_payload(export))
         self._in_flight = in_flight
         self._ranges = self._cut(ranges)
+        self._own = place is None
+        self._chosen = place or (lambda *_: self._buffer())
         self._again: deque[tuple[int, int]] = deque()
         self._free: list[memoryview] = []
         self._out: dict[Request, Destination] = {}
@@ -239,7 +251,7 @@ class Chunks:
         """
         for piece in self._out.values():
             self._again.append((piece.offset, piece.length))
-            if piece.view:
+            if piece.view and self._own:
                 self._free.append(piece.view)
         self._out.clear()
         few = _few(self._in_flight)
@@ -256,7 +268,8 @@ class Chunks:
                 connection.require_success(request)
                 piece = self._out.pop(request)
                 yield Give((piece.offset, piece.view[: piece.length]))
-                self._free.append(piece.view)
+                if self._own:
+                    self._free.append(piece.view)
 
     def _requests(self, connection: Connection, batch: Batch) -> bytes:
         """Makes as many requests as may be in flight."""
@@ -265,7 +278,7 @@ class Chunks:
             found = self._again.popleft() if self._again else next(self._ranges, None)
             if found is None:
                 break
-            piece = Destination(connection, *found, self._place)
+            piece = Destination(connection, *found, partial(self._chosen, *found))
             try:
                 headers.append(connection.submit(batch, Command.READ, *found, piece))
             except NbdDisconnectedError:
@@ -274,7 +287,7 @@ class Chunks:
             self._out[next(reversed(batch.pending.values()))] = piece
         return b"".join(headers)
 
-    def _place(self) -> memoryview:
+    def _buffer(self) -> memoryview:
         """Returns the buffer that was used last, and is likely to be in the cache still."""
         return self._free.pop() if self._free else memoryview(bytearray(self._size))
 

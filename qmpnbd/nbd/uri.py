@@ -223,6 +223,12 @@ def _tls_parameters(tls: Tls) -> list[tuple[str, str]]:
     return [(name, value) for name, value in zip(_TLS_PARAMETERS, values, strict=True) if value]
 
 
+def is_nbd_uri(text: str) -> bool:
+    """Returns whether a text is meant as an NBD URI, and not as the name of a file; it may be a faulty one."""
+    scheme, found, _ = text.partition("://")
+    return (bool(found) and scheme.lower() in _SCHEMES) or _LEGACY.fullmatch(text) is not None
+
+
 def _shown(text: str) -> str:
     """Returns the text of a URI so that it can be shown."""
     return text if text.isprintable() else repr(text)

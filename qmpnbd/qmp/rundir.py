@@ -6,6 +6,7 @@
         lock                  locked (flock) by the run while it lives; a killed run's lock is free
         nbd.sock              made by QEMU, and removed by it when its NBD server stops
         qemu                  the process id of the QEMU that the run works on, if it is known
+        daemon.log            what a QEMU says that the run has started itself, and that ends with it
 
 A directory gets its name only when it is locked: under the name it is made with, nobody looks at it. So a directory
 with a free lock is a dead run's, and never that of a run that is just beginning.
@@ -33,6 +34,7 @@ from qmpnbd.qmp.process import Peer, listener_at
 _LOCK = "lock"
 _SOCKET = "nbd.sock"
 _QEMU = "qemu"
+_LOG = "daemon.log"
 _UNNAMED = ".new"
 _LONGEST_PID = 20
 _PROBE_SECONDS = 2.0
@@ -96,6 +98,11 @@ class RunDirectory:
         """Where the run's NBD server listens."""
         return self.path / _SOCKET
 
+    @property
+    def log_path(self) -> Path:
+        """Where a QEMU writes its log that the run starts itself, and that ends with it."""
+        return self.path / _LOG
+
     def works_on_another(self, peer: Peer | None) -> bool:
         """Returns whether the run works on another QEMU than `peer`, and that one still runs: what it left is there."""
         try:
@@ -149,6 +156,16 @@ def dead_runs(base: str | None = None, *, for_peer: Peer | None = None) -> Itera
             yield dead
         finally:
             dead.remove()
+
+
+def remove_ended(base: str | None = None) -> None:
+    """Removes the directories of killed runs whose QEMU was their own child, and ended with them.
+
+    Args:
+        base: where; None for the folder for temporary files.
+    """
+    for dead in dead_runs(base):
+        dead.keep = not dead.log_path.exists()
 
 
 def is_alive(run: str, base: str | None = None) -> bool | None:

@@ -107,7 +107,7 @@ async def running_daemon(
             where=program,
             remedy="Install QEMU's storage daemon (Debian: qemu-system-common or qemu-utils).",
         )
-    log = directory.path / "daemon.log"
+    log = directory.log_path
     ours, its = socket.socketpair()
     with ours, its, log.open("wb") as output:
         # A session of its own: the Ctrl-C of a terminal is for us, who take the exports down first.
@@ -119,7 +119,7 @@ async def running_daemon(
             stderr=output,
             pass_fds=[its.fileno()],
             start_new_session=True,
-            preexec_fn=_ending_with(os.getpid()),  # one system call, looked up before the fork
+            preexec_fn=ending_with(os.getpid()),  # one system call, looked up before the fork
         )
         address = FdAddress(ours.detach(), program)
     try:
@@ -145,7 +145,7 @@ def _node(image: str, image_format: str) -> dict[str, object]:
     return {"driver": image_format, "node-name": NODE, "read-only": True, "file": file}
 
 
-def _ending_with(parent: int) -> Callable[[], None]:
+def ending_with(parent: int) -> Callable[[], None]:
     """Returns what the child does before it becomes the daemon: ask the kernel to be killed when we end."""
     prctl = ctypes.CDLL(None).prctl
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qmpnbd.images.layers import Chain
 from qmpnbd.report.columns import table
 from qmpnbd.report.model import BitmapEntry, BitmapsDocument
-from qmpnbd.report.text import human_size
+from qmpnbd.report.sizes import human_size
 
 
 def bitmaps_document(image: str, chain: Chain) -> BitmapsDocument:

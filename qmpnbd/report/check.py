@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from qmpnbd.images.check import Rule
 from qmpnbd.images.check_file import CheckResult
 from qmpnbd.report.model import CheckDocument, CheckVerdict, FindingEntry, PlaceEntry
-from qmpnbd.report.text import human_size
+from qmpnbd.report.sizes import human_size
 
 _HEADLINES: dict[CheckVerdict, str] = {"clean": "CLEAN", "leaks": "LEAKS", "corrupt": "CORRUPT"}
 

@@ -16,7 +16,7 @@ from qmpnbd.report.model import (
     CheckpointsDocument,
     DiskCheckpointsEntry,
 )
-from qmpnbd.report.text import human_size
+from qmpnbd.report.sizes import human_size
 
 
 def listed_document(listed: Listed, chain: str) -> CheckpointsDocument:

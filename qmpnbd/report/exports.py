@@ -12,7 +12,7 @@ from qmpnbd.qmp.checkpoint_at import BegunCheckpoint
 from qmpnbd.report.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP
 from qmpnbd.report.instant import instant_entry, instant_text
 from qmpnbd.report.model import BegunCheckpointEntry, DiskExportEntry, ExportDocument, IncrementEntry
-from qmpnbd.report.text import human_size
+from qmpnbd.report.sizes import human_size
 
 URI = "QMPNBD_URI"
 """The environment variable with the URI of the only export."""

@@ -10,7 +10,8 @@ from qmpnbd.printable import printable
 from qmpnbd.report.graphlayout import Grid, lay_out
 from qmpnbd.report.graphtext import disk_words, node_words
 from qmpnbd.report.model import GraphDiskEntry, GraphDocument, GraphNodeEntry
-from qmpnbd.report.text import guest_words, human_size
+from qmpnbd.report.sizes import human_size
+from qmpnbd.report.text import guest_words
 
 _BOX_WIDTH, _BOX_HEIGHT = 248, 64
 _COLUMN, _ROW = _BOX_WIDTH + 76, _BOX_HEIGHT + 44

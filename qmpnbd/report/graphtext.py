@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from qmpnbd.printable import printable as shown
 from qmpnbd.report.columns import table
 from qmpnbd.report.model import ExportReport, GraphDiskEntry, GraphDocument, GraphNodeEntry
-from qmpnbd.report.text import guest_words, human_size
+from qmpnbd.report.sizes import human_size
+from qmpnbd.report.text import guest_words
 
 _SHOWN_LAYERS = 8
 

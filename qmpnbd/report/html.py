@@ -21,9 +21,10 @@ from qmpnbd.report.contexts import ALLOCATION_DEPTH, CONTENT, UNREADABLE, descri
 from qmpnbd.report.instant import instant_text
 from qmpnbd.report.model import DiscrepancyEntry, DiskReport, LayerEntry, Picture, ValidationReport, Verdict
 from qmpnbd.report.picture import reduced
+from qmpnbd.report.sizes import human_size
 from qmpnbd.report.strip import PICTURE_RUNS
 from qmpnbd.report.svg import STRIP_RUNS, depth_colour, marks, palette, strip
-from qmpnbd.report.text import guest_words, human_size, was_judged
+from qmpnbd.report.text import guest_words, was_judged
 
 VERDICTS: dict[Verdict, str] = {
     "agreed": "Agrees",

@@ -6,7 +6,7 @@ from qmpnbd.control.populate import Filled
 from qmpnbd.control.ranges import DepthRange
 from qmpnbd.printable import printable as shown
 from qmpnbd.report.model import PopulateDocument
-from qmpnbd.report.text import human_size
+from qmpnbd.report.sizes import human_size
 
 
 def populate_document(filled: Filled) -> PopulateDocument:

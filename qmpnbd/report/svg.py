@@ -9,8 +9,8 @@ from importlib.resources import files
 from qmpnbd.extents import ExtentMap
 from qmpnbd.printable import printable
 from qmpnbd.report.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, UNREADABLE, describe
+from qmpnbd.report.sizes import human_size
 from qmpnbd.report.strip import bounded
-from qmpnbd.report.text import human_size
 
 _COLOURS = 8
 _BASE = {0: "d1", 1: "d0", 2: "d5", 3: "d0"}

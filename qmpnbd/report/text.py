@@ -21,8 +21,8 @@ from qmpnbd.report.model import (
     ValidationReport,
     Verdict,
 )
+from qmpnbd.report.sizes import human_size
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _SHOWN = 10
 _LEAST_CELLS = 8
 _HEADLINES = {
@@ -41,14 +41,6 @@ _COLOURS: dict[Verdict, str] = {
     "not-judged": "\x1b[1;33m{}\x1b[0m",
 }
 """Bold green, red, yellow (ECMA-48, SGR)."""
-
-
-def human_size(count: int) -> str:
-    """Returns a number of bytes with a binary unit, exact where it is a small multiple of one: ``64 KiB``."""
-    value, unit = float(count), 0
-    while value >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.4g} {_UNITS[unit]}"
 
 
 def validation_text(report: ValidationReport, *, colours: bool = False, width: int | None = None) -> str:

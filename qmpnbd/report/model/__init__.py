@@ -7,6 +7,7 @@ extents are half-open. A document has a module of its own; what several share is
 
 from __future__ import annotations
 
+from qmpnbd.report.model.backup import BackupDiskEntry, BackupDocument, BackupVerdict, LeftOutEntry
 from qmpnbd.report.model.bitmaps import BitmapEntry, BitmapsDocument
 from qmpnbd.report.model.chain import ChainDocument
 from qmpnbd.report.model.check import CheckDocument, CheckVerdict, FindingEntry, PlaceEntry
@@ -17,6 +18,7 @@ from qmpnbd.report.model.checkpoints import (
     CheckpointState,
     DiskCheckpointsEntry,
 )
+from qmpnbd.report.model.copy import CopyDocument, CopyForm
 from qmpnbd.report.model.disks import DiskEntry, DisksDocument, NodeEntry
 from qmpnbd.report.model.error import ErrorDocument
 from qmpnbd.report.model.export import (
@@ -39,6 +41,17 @@ from qmpnbd.report.model.map import ContextMap, MapDocument
 from qmpnbd.report.model.parts import Document, ErrorEntry, ExtentEntry, LayerEntry, Part, RangeEntry, UnreadableEntry
 from qmpnbd.report.model.populate import PopulateDocument
 from qmpnbd.report.model.recover import RecoverDocument, TakenDownEntry
+from qmpnbd.report.model.repository import (
+    PruneMergeEntry,
+    RepositoryDocument,
+    RepositoryFindingEntry,
+    RepositoryOperation,
+    RepositoryVerdict,
+    StoredBackupEntry,
+    StoredChainEntry,
+    StoredDiskEntry,
+)
+from qmpnbd.report.model.restore import RestoredLayerEntry, RestoreDocument, RestoreForm
 from qmpnbd.report.model.status import RunEntry, StatusDocument, ThingEntry
 from qmpnbd.report.model.validate import (
     ComparedEntry,
@@ -54,12 +67,24 @@ from qmpnbd.report.model.validate import (
     ValidationReport,
     Verdict,
 )
+from qmpnbd.report.model.verify import (
+    BootEntry,
+    SecondReadingEntry,
+    SkippedEntry,
+    VerifyDocument,
+    VerifyFindingEntry,
+    VerifyVerdict,
+)
 
 __all__ = [
     "DOCUMENTS",
+    "BackupDiskEntry",
+    "BackupDocument",
+    "BackupVerdict",
     "BegunCheckpointEntry",
     "BitmapEntry",
     "BitmapsDocument",
+    "BootEntry",
     "ChainDocument",
     "CheckDocument",
     "CheckVerdict",
@@ -70,6 +95,8 @@ __all__ = [
     "ChildEntry",
     "ComparedEntry",
     "ContextMap",
+    "CopyDocument",
+    "CopyForm",
     "DepthEntry",
     "DepthTotal",
     "DiscrepancyEntry",
@@ -96,23 +123,40 @@ __all__ = [
     "InfoDocument",
     "InstantEntry",
     "LayerEntry",
+    "LeftOutEntry",
     "MapDocument",
     "NodeEntry",
     "Part",
     "Picture",
     "PlaceEntry",
     "PopulateDocument",
+    "PruneMergeEntry",
     "RangeEntry",
     "RecoverDocument",
+    "RepositoryDocument",
+    "RepositoryFindingEntry",
+    "RepositoryOperation",
+    "RepositoryVerdict",
+    "RestoreDocument",
+    "RestoreForm",
+    "RestoredLayerEntry",
     "RunEntry",
+    "SecondReadingEntry",
+    "SkippedEntry",
     "StatusDocument",
     "StepEntry",
+    "StoredBackupEntry",
+    "StoredChainEntry",
+    "StoredDiskEntry",
     "SummaryLine",
     "TakenDownEntry",
     "ThingEntry",
     "UnreadableEntry",
     "ValidationReport",
     "Verdict",
+    "VerifyDocument",
+    "VerifyFindingEntry",
+    "VerifyVerdict",
 ]
 
 DOCUMENTS: tuple[type[Document], ...] = (
@@ -120,6 +164,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     DisksDocument,
     GraphDocument,
     ExportDocument,
+    BackupDocument,
     CheckpointsDocument,
     PopulateDocument,
     StatusDocument,
@@ -128,7 +173,11 @@ DOCUMENTS: tuple[type[Document], ...] = (
     ChainDocument,
     InfoDocument,
     CheckDocument,
+    CopyDocument,
     BitmapsDocument,
+    RepositoryDocument,
+    RestoreDocument,
+    VerifyDocument,
     ErrorDocument,
     DiskLine,
     SummaryLine,
