@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +89,19 @@ def test_a_guest_that_was_not_at_rest_is_an_exit_code(binaries: QemuBinaries, fo
         assert found["instant"]["consistency"] == "crash-consistent"
         assert found["instant"]["reason"]
         assert machine.repository.find("nightly", found["id"])
+
+
+def test_how_far_each_disk_is_is_shown_on_a_terminal(binaries: QemuBinaries, folder: Path) -> None:
+    terminal, side = pty.openpty()
+    with running(binaries, folder, new_images(binaries, folder)) as machine:
+        command = [sys.executable, "-m", "qmpnbd", "backup", *arguments(machine), "--progress", "--rate", "1000000"]
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=side, timeout=60, cwd=ROOT)
+    os.close(side)
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    assert done.returncode == 0, shown
+    assert re.search(r"vd[01]: 1 MiB of 1 MiB", shown)
+    assert shown.endswith("\r\x1b[K")
 
 
 def test_a_dry_run_tells_the_decisions_and_changes_nothing(binaries: QemuBinaries, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from qmpnbd.errors import UsageError
 
 if TYPE_CHECKING:
     from qmpnbd.backup.run import BackupOptions
+    from qmpnbd.cli.progressline import Line
     from qmpnbd.report.model import BackupDocument
 
 SCHEMA = "qmpnbd.backup/1"
@@ -44,6 +46,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_what(parser)
     _add_how(parser)
     options.add_sharing(parser)
+    parser.add_argument("--progress", action="store_true", help="show on stderr how far each disk is")
     parser.add_argument("--dry-run", action="store_true", help="tell what would be done for each disk; change nothing")
     options.add_json(parser, SCHEMA)
     options.add_timeout(parser, options.SHORT_SECONDS, "until the instant is taken; the copy has no limit")
@@ -123,23 +126,25 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from qmpnbd.cli import signals
+    from qmpnbd.cli.progressline import Line
     from qmpnbd.report.backup import backup_text
     from qmpnbd.report.jsontext import document_json
 
     if arguments.since is not None and arguments.type != "differential":
         raise UsageError("only with --type differential", where="--since", remedy="Leave it out, or give both.")
-    document = signals.run(_document(arguments))
+    with contextlib.nullcontext() if not arguments.progress else Line() as line:
+        document = signals.run(_document(arguments, line))
     output.write([document_json(document) if arguments.json else backup_text(document)])
     output.tell(*document.cleared, *document.damaged)
     return {"fell-back": FELL_BACK, "not-quiesced": NOT_QUIESCED}.get(document.verdict, 0)
 
 
-async def _document(arguments: argparse.Namespace) -> BackupDocument:
+async def _document(arguments: argparse.Namespace, line: Line | None) -> BackupDocument:
     from qmpnbd.backup.outlook import look
     from qmpnbd.backup.run import back_up
     from qmpnbd.report.backup import backup_document, outlook_document
 
-    choice, where = _options(arguments), Path(arguments.repository)
+    choice, where = _options(arguments, line), Path(arguments.repository)
     wish = choice.begin.wish
     if arguments.dry_run:
         found = await look(arguments.qmp, where, arguments.chain, arguments.disk, choice.begin)
@@ -148,10 +153,11 @@ async def _document(arguments: argparse.Namespace) -> BackupDocument:
     return backup_document(done, arguments.repository, wish, proof=choice.proof, quiesce=arguments.agent is not None)
 
 
-def _options(arguments: argparse.Namespace) -> BackupOptions:
+def _options(arguments: argparse.Namespace, line: Line | None) -> BackupOptions:
     from qmpnbd.backup.begin import BeginOptions
     from qmpnbd.backup.plan import Wish
     from qmpnbd.backup.run import BackupOptions
+    from qmpnbd.cli.copy import progress_text
     from qmpnbd.qmp.planning import Wishes
 
     wish = Wish(arguments.type, arguments.since, compare=not arguments.no_compare, shallow=arguments.shallow)
@@ -176,4 +182,5 @@ def _options(arguments: argparse.Namespace) -> BackupOptions:
         proof=arguments.proof,
         compression="zstd" if arguments.compress else "",
         bytes_per_second=arguments.rate,
+        progress=None if line is None else lambda disk, far: line.show(lambda: f"{disk}: {progress_text(far)}"),
     )

@@ -100,6 +100,7 @@ complete -c qmpnbd -n '__fish_seen_subcommand_from backup' -l nbd -x -d 'share t
 complete -c qmpnbd -n '__fish_seen_subcommand_from backup' -l runtime-dir -x -a '(__fish_complete_directories)' -d 'make the private directory with the NBD socket in DIR (default: $TMPDIR or /tmp); QEMU must be able to write to it'
 complete -c qmpnbd -n '__fish_seen_subcommand_from backup' -l allow-iothread -d 'work on disks in an iothread although QEMU 7.x and 8.x may abort when an NBD client is lost'
 complete -c qmpnbd -n '__fish_seen_subcommand_from backup' -l allow -x -a 'iothread' -d 'take the risk of what this QEMU is known to do wrong: iothread; can be repeated'
+complete -c qmpnbd -n '__fish_seen_subcommand_from backup' -l progress -d 'show on stderr how far each disk is'
 complete -c qmpnbd -n '__fish_seen_subcommand_from backup' -l dry-run -d 'tell what would be done for each disk; change nothing'
 complete -c qmpnbd -n '__fish_seen_subcommand_from backup' -l json -d 'print one JSON document (schema qmpnbd.backup/1)'
 complete -c qmpnbd -n '__fish_seen_subcommand_from backup' -l timeout -x -d 'time until the instant is taken; the copy has no limit but taking down (default: 30)'
