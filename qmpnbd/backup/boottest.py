@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import socket
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from qmpnbd.printable import printable
 from qmpnbd.qmp.monitor import finish
 from qmpnbd.qmp.rundir import RunDirectory, remove_ended
 from qmpnbd.qmp.scratch_image import empty_qcow2
-from qmpnbd.qmp.storage_daemon import ended, ending_with
+from qmpnbd.qmp.storage_daemon import ended, started
 
 SYSTEM = "qemu-system-x86_64"
 
@@ -147,17 +146,7 @@ async def _boot(
     words += ["-no-reboot", "-chardev", f"socket,id=serial,fd={its.fileno()}", "-serial", "chardev:serial"]
     with ours, its, log.open("wb") as output:
         ours.setblocking(False)
-        # A session of its own: the Ctrl-C of a terminal is for us, who end it.
-        process = await asyncio.create_subprocess_exec(
-            program,
-            *(*words, *disks, *options.arguments),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=[its.fileno()],
-            start_new_session=True,
-            preexec_fn=ending_with(os.getpid()),  # one system call, looked up before the fork
-        )
+        process = await started(program, [*words, *disks, *options.arguments], output, its)
         its.close()
         try:
             return await _listen(ours, options, deadline, log)

@@ -26,6 +26,7 @@ import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import IO
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ImageMissingError, ImageUnreadableError, MonitorConnectError, MonitorError, UsageError
@@ -110,17 +111,8 @@ async def running_daemon(
     log = directory.log_path
     ours, its = socket.socketpair()
     with ours, its, log.open("wb") as output:
-        # A session of its own: the Ctrl-C of a terminal is for us, who take the exports down first.
-        process = await asyncio.create_subprocess_exec(
-            path,
-            *("--chardev", f"socket,id=qmp,fd={its.fileno()}", "--monitor", "chardev=qmp", *options),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=[its.fileno()],
-            start_new_session=True,
-            preexec_fn=ending_with(os.getpid()),  # one system call, looked up before the fork
-        )
+        words = ["--chardev", f"socket,id=qmp,fd={its.fileno()}", "--monitor", "chardev=qmp", *options]
+        process = await started(path, words, output, its)
         address = FdAddress(ours.detach(), program)
     try:
         try:
@@ -145,7 +137,31 @@ def _node(image: str, image_format: str) -> dict[str, object]:
     return {"driver": image_format, "node-name": NODE, "read-only": True, "file": file}
 
 
-def ending_with(parent: int) -> Callable[[], None]:
+async def started(
+    program: str, arguments: Sequence[str], output: IO[bytes], inherited: socket.socket
+) -> asyncio.subprocess.Process:
+    """Starts a program that ends with us, also when we are killed.
+
+    Args:
+        program: its path.
+        arguments: its arguments.
+        output: where it writes to.
+        inherited: a socket that it gets, under the same number.
+    """
+    # A session of its own: the Ctrl-C of a terminal is for us, who take down what it serves first.
+    return await asyncio.create_subprocess_exec(
+        program,
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=[inherited.fileno()],
+        start_new_session=True,
+        preexec_fn=_ending_with(os.getpid()),  # one system call, looked up before the fork
+    )
+
+
+def _ending_with(parent: int) -> Callable[[], None]:
     """Returns what the child does before it becomes the daemon: ask the kernel to be killed when we end."""
     prctl = ctypes.CDLL(None).prctl
 
