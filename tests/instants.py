@@ -139,9 +139,24 @@ def machine(
         device: more options of each device, with a comma before.
     """
     images = tuple(build_chain(binaries, folder, f"d{number}", number, layers=layers) for number in range(disks))
+    with machine_on(binaries, folder, images, *arguments, discard=discard, device=device) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def machine_on(
+    binaries: QemuBinaries,
+    folder: Path,
+    images: Sequence[Path],
+    *arguments: str,
+    discard: str = "ignore",
+    device: str = "",
+) -> Iterator[Machine]:
+    """Runs such a machine on images that are there; a name that ends in raw is a raw one."""
     devices = []
     for number, image in enumerate(images):
-        devices += ["-blockdev", blockdev(image, f"disk{number}", discard=discard)]
+        driver = image.suffix.removeprefix(".")
+        devices += ["-blockdev", blockdev(image, f"disk{number}", driver, discard=discard)]
         devices += ["-device", f"virtio-blk-pci,id=vd{number},drive=disk{number}{device}"]
     with binaries.qemu(*arguments, *devices) as server:
-        yield Machine(server, folder, images)
+        yield Machine(server, folder, tuple(images))

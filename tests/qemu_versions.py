@@ -93,10 +93,13 @@ def binaries_of(name: str) -> QemuBinaries:
     return _unpacked(name)
 
 
-def _cases() -> list[str]:
+def _others() -> tuple[str, ...]:
     here = installed().release if shutil.which("qemu-system-x86_64") else None
-    return [INSTALLED, *(name for name in RELEASES if name != here)]
+    return tuple(name for name in RELEASES if name != here)
 
 
-each_qemu = pytest.mark.parametrize("binaries", _cases(), indirect=True)
+OTHERS = _others()
+"""Releases beside the installed one."""
+
+each_qemu = pytest.mark.parametrize("binaries", [INSTALLED, *OTHERS], indirect=True)
 """Runs a test on the installed release and on each unpacked one that is another."""

@@ -54,6 +54,12 @@ def test_every_test_that_is_named_exists() -> None:
     assert len(named) > 50
 
 
+def test_every_test_that_guarantees_something_of_backups_exists() -> None:
+    named = set(NAMED.findall((TESTS.parent / "docs" / "backup.md").read_text()))
+    assert [f"{module}::{test}" for module, test in sorted(named) if test not in functions_of(module)] == []
+    assert len(named) > 20
+
+
 def test_every_yes_names_a_test_and_every_no_a_reason() -> None:
     assert len(FEATURES) > 100
     for feature, ours, *_ in FEATURES:

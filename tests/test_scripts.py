@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [ROOT / "scripts" / name for name in ("setup", "test", "check", "demo")]
+BACKUPS = ("backup-rounds", "backup-cuts", "compare-peers")
+SCRIPTS = [ROOT / "scripts" / name for name in ("setup", "test", "check", "demo", *BACKUPS)]
 MADE = {".git", ".work", "dist", "__pycache__", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
 
 

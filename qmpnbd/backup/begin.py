@@ -152,7 +152,7 @@ async def begin(
     async with await Monitor.connect(address, deadline) as monitor:
         await commit_published(monitor, catalog, deadline)
         await remove_leftovers(monitor, choice.runtime_dir, deadline)
-        await settle(monitor, chain, catalog, deadline)
+        await settle(monitor, chain, catalog, disks, deadline)
         scouted, left_out = await scout(monitor, chain, disks, deadline)
     checkpoint = None
     if any(not each.now.read_only for each in scouted):

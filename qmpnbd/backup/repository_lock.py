@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from qmpnbd.errors import RepositoryBusyError
 from qmpnbd.printable import printable
 
 _LONGEST = 4096
+_SILENT_SECONDS = 1.0
+_LOOK = 0.01
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -104,9 +107,7 @@ def holding(path: Path, what: str) -> Iterator[Holder | None]:
         file = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600)
     with _shut(file):
         with told(path):
-            if not _locked(file, fcntl.LOCK_EX):
-                raise _busy(_holder(file), path)
-            killed = _holder(file)
+            killed = _taken(file, path)
         with contextlib.suppress(OSError):  # a full disk, on which room is to be made: the lock holds without the note
             _note(file, Holder(os.getpid(), os.uname().nodename, now(), what))
         try:
@@ -140,6 +141,33 @@ def _locked(file: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _taken(file: int, path: Path) -> Holder | None:
+    """Takes the lock; returns the run that was killed while it held it.
+
+    A run that has just taken it, or is giving it up, does not say who it is, and whoever asks `is_held` has it for an
+    instant: that is waited for.
+    """
+    end = time.monotonic() + _SILENT_SECONDS
+    while not _locked(file, fcntl.LOCK_EX):
+        holder = _holder(file)
+        if (holder is not None and not _has_ended(holder)) or time.monotonic() > end:
+            raise _busy(holder, path)
+        time.sleep(_LOOK)
+    return _holder(file)
+
+
+def _has_ended(holder: Holder) -> bool:
+    if holder.host != os.uname().nodename:
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _note(file: int, holder: Holder) -> None:

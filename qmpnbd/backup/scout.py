@@ -140,7 +140,7 @@ async def commit_published(monitor: Monitor, catalog: Catalog, deadline: Deadlin
     await transact(monitor, actions, deadline)
 
 
-async def settle(monitor: Monitor, chain: str, catalog: Catalog, deadline: Deadline) -> None:
+async def settle(monitor: Monitor, chain: str, catalog: Catalog, disks: Sequence[str], deadline: Deadline) -> None:
     """Decides about checkpoints that nobody has decided about: their run was killed, and QEMU has ended since.
 
     That of a backup which is in the catalog is committed, another is aborted.
@@ -151,7 +151,7 @@ async def settle(monitor: Monitor, chain: str, catalog: Catalog, deadline: Deadl
         DeadlineError: no reply in time.
     """
     for _ in range(_MAX_UNDECIDED):
-        found = await read_checkpoints(monitor, deadline, chain=chain)
+        found = await read_checkpoints(monitor, deadline, chain=chain, disks=disks)
         # A mark is that of a run which lives, or may live: it decides for itself.
         pending = [each for each in found if each.state == "pending" and not each.usable[-1].mark]
         if not pending:
