@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "qmpnbd"
 
-THE_WAY = {"qmp/monitor.py", "qmp/transport.py", "qmp/direct.py", "qmp/libvirt.py"}
+THE_WAY = {"qmp/monitor.py", "qmp/transport.py", "qmp/direct.py", "qmp/libvirt.py", "qmp/rehearsal.py"}
 """They carry any command."""
 
 THE_GUEST = {"qmp/agent.py"}
@@ -80,8 +80,19 @@ def _sites(
         # Whoever calls this function names the command.
         for outer in _calls(module, function.name):
             yield Site(f"{short}:{outer.lineno}", _text(outer.args[parameters.index(named.id)]), arguments, added)
+    elif several := _one_after_the_other(named, function, known):
+        yield from (Site(f"{short}:{call.lineno}", _text(each), arguments, added) for each in several)
     else:
         yield Site(f"{short}:{call.lineno}", _text(_followed(named, known)), arguments, added)
+
+
+def _one_after_the_other(named: ast.expr, function: ast.AST, known: dict[str, ast.expr]) -> list[ast.expr]:
+    """Returns what a name stands for in turn, where a loop goes through a tuple."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.For) and ast.unparse(node.target) == ast.unparse(named):
+            through = _followed(node.iter, known)
+            return through.elts if isinstance(through, ast.Tuple) else []
+    return []
 
 
 def _calls(where: ast.AST, method: str) -> Iterator[ast.Call]:

@@ -22,6 +22,7 @@ TOLD_BY = {
     "block-export-add": _EXPORTS,
     "block-export-del": _EXPORTS,
     "block-job-cancel": _JOBS,
+    "block-stream": _JOBS,
     "block-set-write-threshold": _NODES,
     "blockdev-add": _NODES,
     "blockdev-backup": _JOBS,

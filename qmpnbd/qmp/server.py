@@ -218,8 +218,12 @@ async def stop_server(
         DeadlineError: no reply in time.
     """
     address = listens or UnixAddress(str(directory.socket_path))
-    known = ours or await is_ours(monitor, directory, deadline)
-    return await finish(_stop(monitor, directory.run, address, deadline, ours=known))
+
+    async def stop() -> bool:
+        known = ours or await is_ours(monitor, directory, deadline)
+        return await _stop(monitor, directory.run, address, deadline, ours=known)
+
+    return await finish(stop())
 
 
 async def lost_server(monitor: Monitor, run: str, deadline: Deadline) -> str | None:
