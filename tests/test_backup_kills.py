@@ -12,8 +12,8 @@ from tests.qemu_versions import QemuBinaries, each_qemu, installed
 
 pytestmark = pytest.mark.real
 
-STRIDE = 9
-"""Of about a hundred steps; `scripts/backup-cuts` takes them all."""
+STRIDE = 5
+"""Of about fifty steps; `scripts/backup-cuts` takes them all."""
 
 SECONDS_EACH = 0.01
 
