@@ -178,6 +178,16 @@ def storage_daemon(*arguments: str, cwd: Path | None = None, program: str = "") 
 
 
 @contextlib.contextmanager
+def _log_told(log: Path) -> Iterator[None]:
+    """Adds what a server said to an error that comes out of its use."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"the server said: {log.read_text(errors='replace')[-2000:]}")
+        raise
+
+
+@contextlib.contextmanager
 def _server(command: Sequence[str], monitor: tuple[str, str], cwd: Path | None) -> Iterator[Server]:
     """Runs a server with three monitors: two that listen, and one over which it says that it has begun to serve them.
 
@@ -193,7 +203,7 @@ def _server(command: Sequence[str], monitor: tuple[str, str], cwd: Path | None) 
             words += ["--chardev", f"socket,path={folder}/{name},server=on,wait=off,id={name}"]
             words += [option, f"{mode}chardev={name}"]
         words += ["--chardev", f"socket,fd={its.fileno()},id=ready", option, f"{mode}chardev=ready"]
-        with process(words, log, cwd, [its.fileno()]) as child:
+        with _log_told(log), process(words, log, cwd, [its.fileno()]) as child:
             its.close()
             try:
                 Side(ours).close()

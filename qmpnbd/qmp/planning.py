@@ -21,7 +21,7 @@ from qmpnbd.qmp.models import BlockDeviceInfo
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import Role, role_of
 from qmpnbd.qmp.plan import Plan, PlannedDisk, Recipe
-from qmpnbd.qmp.recipes import Surroundings, choose_recipe, make_plan
+from qmpnbd.qmp.recipes import OFFLOADS_BEFORE, Surroundings, choose_recipe, make_plan
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.scratch import limit_of, threshold_of
 
@@ -110,6 +110,7 @@ async def plan_point_in_time(
         depth=wished.depth,
         guest_runs=guest == "running",
         guest_is_well=guest != "io-error",
+        offloads=release < OFFLOADS_BEFORE,
     )
     return make_plan(recipe, why, planned, around)
 

@@ -47,6 +47,11 @@ CBW_TIMEOUT_SECONDS = 30
 BREAK_SNAPSHOT_SINCE = (7, 1)
 """Before, no filter lets the guest's write pass when the scratch fails (capability ``break-snapshot``)."""
 
+OFFLOADS_BEFORE = (6, 0)
+"""Before, a backup copies by copy offloading, in pieces as small as the disk's clusters. QEMU aborts, and the guest is
+gone, when such a piece has to wait for a reader of the scratch (an assertion in ``bdrv_co_write_req_prepare``, within
+seconds on 5.2 when 256 KiB are read at a time). Data that is to be compressed is not copied like that."""
+
 _SCRATCH_CLUSTER = 65536
 _MARKER_TYPE = "throttle-group"  # an object that costs nothing and does nothing, in every release
 
@@ -63,6 +68,7 @@ class Surroundings:
         depth: whether the exact allocation depth of the instant is wanted.
         guest_runs: whether the guest runs, so that the copy-before-write recipe must pause it.
         guest_is_well: whether it has not been stopped by an I/O error already.
+        offloads: whether this QEMU copies to the scratch by copy offloading (`OFFLOADS_BEFORE`).
     """
 
     run: str
@@ -72,6 +78,7 @@ class Surroundings:
     depth: bool = True
     guest_runs: bool = False
     guest_is_well: bool = True
+    offloads: bool = False
 
 
 def choose_recipe(
@@ -291,13 +298,15 @@ class _Backup(_Recipe):
         yield from self.transaction([self._job(number, disk) for number, disk in enumerate(self.disks)], undo)
 
     def _job(self, number: int, disk: PlannedDisk) -> Mapping[str, object]:
-        data = {
+        data: dict[str, object] = {
             "job-id": self.name(Role.JOB, number),
             "device": disk.node_name,
             "target": self.name(Role.SCRATCH, number),
             "sync": "none",
             "filter-node-name": self.name(Role.FILTER, number),
         }
+        if self.around.offloads:
+            data["compress"] = True
         return {"type": "blockdev-backup", "data": data}
 
     def depth_export_name(self, number: int) -> str:
