@@ -89,6 +89,12 @@ def start_a_mirror(running: Machine, folder: Path) -> None:
     wait_until(lambda: _status(running, "theirs") == "ready", "the mirror")
 
 
+def noise(folder: Path) -> str:
+    """Returns the command that fills a disk with what does not compress: before 6.0 the scratch is compressed."""
+    (folder / "noise").write_bytes(os.urandom(SIZE))
+    return f"write -s {folder}/noise 0 {SIZE}"
+
+
 @each_qemu
 @pytest.mark.parametrize("recipe", [Recipe.BACKUP, Recipe.SNAPSHOT])
 def test_a_disk_with_another_job_is_busy_and_the_others_are_not_touched(
@@ -146,7 +152,7 @@ def test_scratch_space_that_runs_out_ends_the_point_in_time_before_the_guest_is_
 ) -> None:
     monkeypatch.setattr(scratch, "LEAST_BYTES", 1 << 20)
     with machine(binaries, folder) as running:
-        running.write(1, f"write -P 1 0 {SIZE}")  # zeroes would take no space
+        running.write(1, noise(folder))  # zeroes would take no space, nor what compresses well
         before = running.state()
 
         async def body(_point: PointInTime, _directory: RunDirectory) -> None:
@@ -167,7 +173,7 @@ def test_a_caller_that_cannot_be_interrupted_hears_of_it_in_the_end(
     """The blocking twin: the exports end at once, and what was read is not taken for good; nor is a checkpoint."""
     monkeypatch.setattr(scratch, "LEAST_BYTES", 1 << 20)
     with machine(binaries, folder) as running:
-        running.write(1, f"write -P 1 0 {SIZE}")
+        running.write(1, noise(folder))
         before = running.state()
         wishes = replace(wishes_for(recipe, folder), scratch_bytes=8 << 20)
         choice = Options(instant=wishes, checkpoint=NextCheckpoint("nightly"), runtime_dir=str(folder))
@@ -424,7 +430,7 @@ def test_a_filter_whose_scratch_fails_breaks_the_export_and_not_the_guest(binari
     wrapper.chmod(0o755)
     with machine(replace(binaries, system=str(wrapper)), folder) as running:
         before = running.state()
-        running.write(0, f"write -P 1 0 {SIZE}", "flush")
+        running.write(0, noise(folder), "flush")
         extents = json.loads(qemu_img("map", "-U", "--output=json", running.images[0]))
         early = min((each for each in extents if each["depth"] == 0), key=lambda each: int(each["offset"]))["start"]
 
