@@ -136,7 +136,7 @@ def test_a_guest_that_writes_and_discards_as_hard_as_it_can_is_judged_whole(
             (report,) = validate(str(server.qmp), ["vd0"], options).disks
             assert report.discrepancy_count == 0, report.discrepancies[:3]
             for entry in report.compared:
-                assert entry.set_aside_bytes <= entry.bytes // 50, entry
+                assert entry.set_aside_bytes <= entry.bytes // 10, entry
         assert server.side("query-status")["status"] == "running"
 
 
