@@ -243,6 +243,17 @@ def test_only_private_directories_of_our_own_are_looked_at(folder: Path) -> None
     assert not (folder / "qmpnbd-00000002").exists()
 
 
+def test_a_run_with_a_qemu_of_its_own_that_was_killed_at_once_is_removed_by_the_next(folder: Path) -> None:
+    """No `recover` comes by it: there is no QEMU to recover."""
+    begun = "import os, sys; from qmpnbd.qmp.rundir import RunDirectory as R"
+    for choice, stays in (("for_child=True", False), ("", True)):
+        killed = f"{begun}; R.create(sys.argv[1], {choice}); os.kill(os.getpid(), 9)"
+        assert subprocess.run([sys.executable, "-c", killed, str(folder)], check=False, timeout=60).returncode == -9
+        (left,) = folder.iterdir()
+        with RunDirectory.create(str(folder), for_child=True):
+            assert left.exists() == stays
+
+
 def test_a_folder_that_cannot_hold_the_socket_is_refused(folder: Path) -> None:
     deep = folder / ("d" * 90)
     deep.mkdir()

@@ -27,7 +27,7 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.errors import DeadlineError, UsageError
 from qmpnbd.printable import printable
 from qmpnbd.qmp.monitor import finish
-from qmpnbd.qmp.rundir import RunDirectory, remove_ended
+from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.scratch_image import empty_qcow2
 from qmpnbd.qmp.storage_daemon import ended, started
 
@@ -111,8 +111,7 @@ async def boot_test(images: Sequence[BootImage], options: BootOptions, deadline:
         raise UsageError("there is no such program, and nothing boots without it", where=options.program, remedy=remedy)
     if not options.marker:
         raise UsageError("no marker", where="boot test", remedy="Say what the guest prints when it is up.")
-    remove_ended(options.runtime_dir)
-    with RunDirectory.create(options.runtime_dir) as directory:
+    with RunDirectory.create(options.runtime_dir, for_child=True) as directory:
         disks = [
             word
             for number, image in enumerate(images)

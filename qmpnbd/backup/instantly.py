@@ -43,7 +43,7 @@ from qmpnbd.qmp.exports import ExportOptions, add_export, exported_node
 from qmpnbd.qmp.jobs import complete_job
 from qmpnbd.qmp.monitor import Monitor, finish
 from qmpnbd.qmp.naming import Role, export_id, name_of
-from qmpnbd.qmp.rundir import RunDirectory, remove_ended
+from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.server import start_server
 from qmpnbd.qmp.storage_daemon import PROGRAM, running_daemon
 from qmpnbd.validate.live import in_thread
@@ -225,8 +225,7 @@ async def _serving(
 ) -> _Daemon:
     """Has a storage daemon serve the target, until the stack ends."""
     inner = deadline.within(_START_SECONDS)
-    remove_ended(options.runtime_dir)
-    directory = stack.enter_context(RunDirectory.create(options.runtime_dir))
+    directory = stack.enter_context(RunDirectory.create(options.runtime_dir, for_child=True))
     monitor = await stack.enter_async_context(running_daemon(directory, [], inner, options.program))
     await start_server(monitor, directory, inner)
     node, export = name_of(directory.run, Role.OVERLAY, 0), export_id(directory.run, 0)

@@ -294,7 +294,7 @@ async def exporting(
     try:
         async with AsyncExitStack() as stack:
             if isinstance(what, Image):
-                directory = stack.enter_context(RunDirectory.create(choice.runtime_dir))
+                directory = stack.enter_context(RunDirectory.create(choice.runtime_dir, for_child=True))
                 daemon = storage_daemon(directory, what.path, what.format, deadline)
                 monitor, wanted = await stack.enter_async_context(daemon), [NODE]
                 guest = await guest_status(monitor, deadline)

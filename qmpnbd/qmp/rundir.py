@@ -6,7 +6,8 @@
         lock                  locked (flock) by the run while it lives; a killed run's lock is free
         nbd.sock              made by QEMU, and removed by it when its NBD server stops
         qemu                  the process id of the QEMU that the run works on, if it is known
-        daemon.log            what a QEMU says that the run has started itself, and that ends with it
+        daemon.log            what a QEMU says that the run starts itself, and that ends with it; there from the
+                              first moment, for it says that nothing of the run outlives it
 
 A directory gets its name only when it is locked: under the name it is made with, nobody looks at it. So a directory
 with a free lock is a dead run's, and never that of a run that is just beginning.
@@ -57,16 +58,20 @@ class RunDirectory:
         self._lock = lock
 
     @classmethod
-    def create(cls, base: str | None = None, *, for_peer: Peer | None = None) -> Self:
+    def create(cls, base: str | None = None, *, for_peer: Peer | None = None, for_child: bool = False) -> Self:
         """Makes a fresh directory.
 
         Args:
             base: where; None for the folder for temporary files.
             for_peer: the process that shall make the socket in it; as root we give the directory to its user.
+            for_child: it is for a QEMU that the run starts itself and that ends with it. What killed runs of this kind
+                left is removed first: no other QEMU's `recover` comes by it.
 
         Raises:
             UsageError: `base` is no folder that can be written, or its name is too long for a socket.
         """
+        if for_child:
+            _remove_ended(base)
         run = new_run()
         path = Path(base or tempfile.gettempdir()).resolve() / run_directory_name(run)
         if len(os.fsencode(path / _SOCKET)) > MAX_UNIX_PATH:
@@ -80,6 +85,8 @@ class RunDirectory:
             unnamed.mkdir(mode=0o700)
             lock = os.open(unnamed / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if for_child:
+                (unnamed / _LOG).touch()
             if for_peer is not None:
                 (unnamed / _QEMU).write_text(str(for_peer.pid))
             if for_peer is not None and os.geteuid() == 0 and (owner := for_peer.user()) is not None:
@@ -158,12 +165,8 @@ def dead_runs(base: str | None = None, *, for_peer: Peer | None = None) -> Itera
             dead.remove()
 
 
-def remove_ended(base: str | None = None) -> None:
-    """Removes the directories of killed runs whose QEMU was their own child, and ended with them.
-
-    Args:
-        base: where; None for the folder for temporary files.
-    """
+def _remove_ended(base: str | None) -> None:
+    """Removes the directories of killed runs whose QEMU was their own child, and ended with them."""
     for dead in dead_runs(base):
         dead.keep = not dead.log_path.exists()
 

@@ -62,7 +62,7 @@ class Daemon:
             MonitorError: it does not do what it is told.
         """
         async with AsyncExitStack() as stack:
-            directory = stack.enter_context(RunDirectory.create(runtime_dir))
+            directory = stack.enter_context(RunDirectory.create(runtime_dir, for_child=True))
             deadline = Deadline(_START_SECONDS)
             monitor = await stack.enter_async_context(running_daemon(directory, [], deadline, program))
             await start_server(monitor, directory, deadline)
