@@ -1,7 +1,7 @@
 """Copies from an NBD export, side by side with nbdcopy and ``qemu-img convert``.
 
-Run it as ``scripts/bench/copy``; ``--only raw,qcow2,zstd,scattered`` for parts, ``--folder`` for where (a tmpfs, so
-that no disk is measured). Every target is compared with the source once, before anything is timed.
+Run it as ``scripts/bench/copy``; ``--only raw,limited,qcow2,zstd,scattered`` for parts, ``--folder`` for where (a tmpfs,
+so that no disk is measured). In ``limited`` the server gives 500 MB/s and no more, as a disk or a network would. Every target is compared with the source once, before anything is timed.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def whole(uri: str, folder: Path, kind: str, image: Path, rounds: int) -> None:
     convert = ["qemu-img", "convert", "-f", "raw"]
     ours = ["qmpnbd", "copy", uri, str(target)]
     commands: dict[str, Sequence[str]]
-    if kind == "raw":
+    if kind in {"raw", "limited"}:
         commands = {
             "`nbdcopy URI FILE`": ["nbdcopy", uri, str(target)],
             "`qemu-img convert -O raw`": [*convert, "-O", "raw", uri, str(target)],
@@ -106,7 +106,7 @@ def whole(uri: str, folder: Path, kind: str, image: Path, rounds: int) -> None:
             "`qemu-img convert -c -W -m 16`": [*convert, *packed, "-W", "-m", "16", uri, str(target)],
             "`qmpnbd copy --compress`": [*ours, "--target-format", "qcow2", "--compress"],
         }
-    form = "raw" if kind == "raw" else "qcow2"
+    form = "raw" if kind in {"raw", "limited"} else "qcow2"
     fresh = {name: afresh(target, *command) for name, command in commands.items()}
     for command in fresh.values():
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -133,7 +133,7 @@ def scattered(folder: Path, percent: float, rounds: int) -> None:
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="raw,qcow2,zstd,scattered")
+    parser.add_argument("--only", default="raw,limited,qcow2,zstd,scattered")
     parser.add_argument("--gib", type=int, default=8)
     parser.add_argument("--percent", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
@@ -145,11 +145,13 @@ def main() -> None:
         if "scattered" in kinds:
             scattered(folder, arguments.percent, arguments.rounds)
         if set(kinds) - {"scattered"}:
-            image, path = half_full(folder, arguments.gib), folder / "socket"
+            image, path, slow = half_full(folder, arguments.gib), folder / "socket", folder / "slow"
             command = ("qemu-nbd", "-r", "-t", "-e", "0", "-f", "raw", "-k", str(path), str(image))
             uri = stack.enter_context(served(*command, path=path))
+            limited = ("nbdkit", "-f", "-r", "-U", str(slow), "--filter=rate", "file", str(image), "rate=4G")
+            slow_uri = stack.enter_context(served(*limited, path=slow))
             for kind in [kind for kind in kinds if kind != "scattered"]:
-                whole(uri, folder, kind, image, arguments.rounds)
+                whole(slow_uri if kind == "limited" else uri, folder, kind, image, arguments.rounds)
 
 
 if __name__ == "__main__":
