@@ -107,6 +107,16 @@ def test_chunks_after_done_are_skipped_while_the_request_is_remembered() -> None
         talk.ask(late * 18)
 
 
+@pytest.mark.parametrize("requests", [constants.MAX_FINISHED_COOKIES // 2, 1300, 4000])
+def test_half_of_the_cookies_that_are_remembered_at_most_are_remembered_always(requests: int) -> None:
+    talk = Talk()
+    for cookie in range(1, requests + 1):
+        talk.ask(simple(cookie))
+    for asked, back in enumerate((0, 1, constants.MAX_FINISHED_COOKIES // 2 - 3), start=requests + 1):
+        talk.ask(status(requests - back, 7, [(512, 1)], done=True) + simple(asked))
+    assert talk.statuses == []
+
+
 def test_a_cookie_that_was_forgotten_is_unknown() -> None:
     talk = Talk()
     for cookie in range(1, 1026):

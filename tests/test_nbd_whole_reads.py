@@ -62,7 +62,7 @@ def test_replies_cut_anywhere_are_what_was_told(replies: Replies, data: st.DataO
         requests: list[Request] = []
         with connection.batch() as batch:
             for size in data.draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=4)):
-                where = Destination(connection, 7, size, lambda size=size: memoryview(bytearray(size)))  # type: ignore[misc]
+                where = Destination(connection, 7, size, lambda _, length: memoryview(bytearray(length)))
                 sent = connection.submit(batch, Command.READ, 7, size, where)
                 requests.append(batch.pending[max(batch.pending)])
                 kind = data.draw(st.sampled_from(["whole", "whole", "halves", "hole", "error"]))
@@ -102,7 +102,7 @@ def test_a_failure_between_whole_replies_is_that_of_its_request() -> None:
 
 def read_of(connection: Connection, batch: Batch, size: int) -> bytes:
     return connection.submit(
-        batch, Command.READ, 7, size, Destination(connection, 7, size, lambda: memoryview(bytearray(size)))
+        batch, Command.READ, 7, size, Destination(connection, 7, size, lambda *_: memoryview(bytearray(size)))
     )
 
 

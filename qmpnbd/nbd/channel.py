@@ -25,18 +25,20 @@ if TYPE_CHECKING:
 
 _BUFFER: Final = constants.LOOK_AHEAD  # bytes; larger payloads go past it
 _SPARE: Final = 64  # bytes; more than precedes any payload
+_NOTHING: Final = memoryview(b"")
 
 
 class Inbox:
     """Bytes received: what came too early is kept, what is large goes straight to where it is wanted."""
 
-    __slots__ = ("_buffer", "_early", "_end", "_spare", "_start", "_target", "asked", "have", "operation")
+    __slots__ = ("_buffer", "_early", "_end", "_made", "_spare", "_start", "_target", "asked", "have", "operation")
 
     def __init__(self) -> None:
         self._buffer = memoryview(bytearray(_BUFFER))
         self._spare = self._buffer[:_SPARE]
         self._start = self._end = 0
-        self._target = memoryview(b"")
+        self._target = _NOTHING
+        self._made: Received = b""
         self._early = False
         self.operation: Receive | ReceiveInto | None = None
         self.asked = 0
@@ -48,12 +50,14 @@ class Inbox:
         self.asked = operation.count
         self.have = 0
         if isinstance(operation, Receive):
-            self._target = memoryview(bytearray(operation.count))
+            self._made = bytearray(operation.count)
+            self._target = memoryview(self._made)
         else:
             self._start += operation.skip
             if operation.buffer is not None:
                 self._target = operation.buffer
-        self._serve()
+        if self._start < self._end:
+            self._serve()
 
     @property
     def complete(self) -> bool:
@@ -87,7 +91,9 @@ class Inbox:
         What is large goes straight to where it is wanted, and room is left for what precedes the next large payload.
         """
         self._early = self.asked < _BUFFER or self._dropping
-        return [self._buffer] if self._early else [self._target[self.have :], self._spare]
+        if self._early:
+            return [self._buffer]
+        return [self._target[self.have :] if self.have else self._target, self._spare]
 
     def arrived(self, count: int) -> None:
         """Books `count` bytes received into `rooms`."""
@@ -102,9 +108,8 @@ class Inbox:
 
     def take(self) -> Received:
         """Returns the bytes asked for, which belong to the caller; nothing if they went to a place of their own."""
-        taken = self._target.obj if isinstance(self.operation, Receive) else b""
-        self.operation, self._target, self.asked, self.have = None, memoryview(b""), 0, 0
-        assert isinstance(taken, bytes | bytearray)  # noqa: S101 - what `ask` made
+        taken = self._made
+        self.operation, self._made, self._target, self.asked, self.have = None, b"", _NOTHING, 0, 0
         return taken
 
     @property
@@ -199,15 +204,15 @@ class Channel:
         inbox = self._inbox
         if operation is not inbox.operation:
             inbox.ask(operation)
-        while inbox.have != inbox.asked:
+        while not (complete := inbox.have == inbox.asked):
             rooms = inbox.rooms()
             got = self._receive_into(rooms, operation.what)
             if not got:
                 return False
             inbox.arrived(got)
             if got < len(rooms[0]) and self._shows_all:
-                break  # the socket is empty: asking it once more would only cost time
-        return inbox.complete
+                return inbox.complete  # the socket is empty: asking it once more would only cost time
+        return complete
 
     def _receive_into(self, rooms: list[memoryview], what: object) -> int:
         """Receives what is there; 0 if there is nothing."""

@@ -33,7 +33,8 @@ class Ledger:
         self.volleys: list[Volley] = []
         self.made = 0
         self.answered = 0
-        self._finished: dict[int, Request] = {}  # oldest first
+        self._finished: dict[int, Request] = {}
+        self._finished_before: dict[int, Request] = {}  # forgotten together: one at a time is slow, at a dict's front
         self._last_cookie = 0  # counts up and never wraps in practice: no cookie is used twice
 
     def cookie(self) -> int:
@@ -59,11 +60,11 @@ class Ledger:
 
     def find(self, cookie: int) -> Request | None:
         """Returns the request that a message belongs to, perhaps one that is finished; None for an unknown cookie."""
-        return self.pending.get(cookie) or self._finished.get(cookie) or self._single(cookie)
+        return self.pending.get(cookie) or self._late(cookie) or self._single(cookie)
 
     def is_finished(self, cookie: int) -> bool:
         """Whether nothing more should have come for a request."""
-        return cookie in self._finished
+        return self._late(cookie) is not None
 
     def take_volleys(self, arrived: memoryview) -> int:
         """Books answers that are as expected all together; returns how many bytes they have."""
@@ -85,8 +86,8 @@ class Ledger:
         del self.pending[cookie]
         request.sink = NOWHERE
         self._finished[cookie] = request
-        if len(self._finished) > constants.MAX_FINISHED_COOKIES:
-            del self._finished[next(iter(self._finished))]
+        if len(self._finished) == constants.MAX_FINISHED_COOKIES // 2:
+            self._finished, self._finished_before = {}, self._finished
         batch = request.batch
         if batch.pending.pop(cookie, None) is not None:
             batch.finished.append(request)
@@ -97,6 +98,10 @@ class Ledger:
         """Forgets what nobody will answer any more."""
         self.pending.clear()
         self.volleys.clear()
+
+    def _late(self, cookie: int) -> Request | None:
+        """Returns a request that is finished, and that something still comes for."""
+        return self._finished.get(cookie) or self._finished_before.get(cookie)
 
     def _single(self, cookie: int) -> Request | None:
         """Has one of many requests booked by itself, because its answer is not the expected one."""

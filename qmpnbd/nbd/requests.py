@@ -65,9 +65,9 @@ class Wait:
     what: object
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Give:
-    """Hand out one of several results. What comes back is empty."""
+    """Hand out one of several results, perhaps thousands in a second. What comes back is empty."""
 
     result: Any
 

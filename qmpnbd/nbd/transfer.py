@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any, Final
 
 from qmpnbd.errors import NbdDisconnectedError, NbdUnsupportedError, UsageError
@@ -90,7 +89,8 @@ class Destination(Sink):
         connection: the one it comes over.
         offset: first byte of the export.
         length: bytes of the request.
-        place: makes the buffer, at least as long as the request, when the first of its data is there.
+        place: makes the buffer, by offset and length of the request, when the first of its data is there; a longer one
+            will do.
 
     Attributes:
         view: the buffer; empty before.
@@ -98,7 +98,9 @@ class Destination(Sink):
 
     __slots__ = ("_connection", "_coverage", "_place", "_whole", "length", "offset", "view")
 
-    def __init__(self, connection: Connection, offset: int, length: int, place: Callable[[], memoryview]) -> None:
+    def __init__(
+        self, connection: Connection, offset: int, length: int, place: Callable[[int, int], memoryview]
+    ) -> None:
         self.offset = offset
         self.length = length
         self.view = _NO_BUFFER
@@ -110,10 +112,10 @@ class Destination(Sink):
     def room(self, request: Request, offset: int, length: int) -> memoryview:
         """Returns the part of the buffer for some data."""
         if not self.view:
-            self.view = self._place()
+            self.view = self._place(self.offset, self.length)
             if length == self.length:
                 self._whole = True
-                return self.view[:length]
+                return self.view if len(self.view) == length else self.view[:length]
             self._coverage = Coverage(self.length)
         start = offset - self.offset
         if self._coverage is None or not self._coverage.add(start, start + length):
@@ -190,7 +192,7 @@ class Reading:
     def _request(self, connection: Connection, batch: Batch) -> bytes:
         offset, length = self._todo[0]  # it stays there until it is booked: the connection may be lost
         start = offset - self._offset
-        sink = Destination(connection, offset, length, lambda: self._buffer[start : start + length])
+        sink = Destination(connection, offset, length, lambda *_: self._buffer[start : start + length])
         header = connection.submit(batch, Command.READ, offset, length, sink, flags=self._flags)
         self._out[next(reversed(batch.pending.values()))] = self._todo.popleft()
         return header
@@ -278,9 +280,10 @@ class Chunks:
             found = self._again.popleft() if self._again else next(self._ranges, None)
             if found is None:
                 break
-            piece = Destination(connection, *found, partial(self._chosen, *found))
+            offset, length = found
+            piece = Destination(connection, offset, length, self._chosen)
             try:
-                headers.append(connection.submit(batch, Command.READ, *found, piece))
+                headers.append(connection.submit(batch, Command.READ, offset, length, piece))
             except NbdDisconnectedError:
                 self._again.appendleft(found)
                 raise

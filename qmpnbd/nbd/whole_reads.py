@@ -34,6 +34,10 @@ _HEADS: Final[dict[Replies, struct.Struct]] = {
     "extended": struct.Struct(">IHHQQQQ"),  # the same with the offset of the request before the length
 }
 
+_COOKIE: Final[dict[Replies, int]] = {"simple": 2, "structured": 3, "extended": 3}
+_DONE: Final = int(ChunkFlag.DONE)
+_DATA: Final = int(ChunkType.OFFSET_DATA)
+
 HEADS: Final[dict[Replies, int]] = {replies: layout.size for replies, layout in _HEADS.items()}
 """Bytes that precede the data, for each kind of replies."""
 
@@ -53,21 +57,16 @@ def whole_read(replies: Replies, ahead: memoryview, pending: Mapping[int, Reques
     head = _HEADS[replies]
     if len(ahead) < head.size:
         return None
-    if replies == "simple":
-        magic, error, cookie = head.unpack_from(ahead)
-        request = pending.get(cookie)
-        good = magic == SIMPLE_REPLY_MAGIC and not error
-    else:
-        if replies == "structured":
-            magic, flags, kind, cookie, length, start = head.unpack_from(ahead)
-            request = pending.get(cookie)
-            good = magic == CHUNK_MAGIC
-        else:
-            magic, flags, kind, cookie, offset, length, start = head.unpack_from(ahead)
-            request = pending.get(cookie)
-            good = magic == EXTENDED_CHUNK_MAGIC and request is not None and offset == request.offset
-        good = good and flags == ChunkFlag.DONE and kind == ChunkType.OFFSET_DATA
-        good = good and request is not None and start == request.offset and length == request.length + 8
-    if not good or request is None or request.command != Command.READ or request.chunks:
+    fields = head.unpack_from(ahead)
+    cookie = fields[_COOKIE[replies]]
+    request = pending.get(cookie)
+    if request is None or request.command != Command.READ or request.chunks:
         return None
-    return cookie, request
+    offset, length = request.offset, request.length
+    if replies == "structured":
+        good = fields == (CHUNK_MAGIC, _DONE, _DATA, cookie, length + 8, offset)
+    elif replies == "extended":
+        good = fields == (EXTENDED_CHUNK_MAGIC, _DONE, _DATA, cookie, offset, length + 8, offset)
+    else:
+        good = fields == (SIMPLE_REPLY_MAGIC, 0, cookie)
+    return (cookie, request) if good else None
