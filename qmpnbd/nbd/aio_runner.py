@@ -114,15 +114,26 @@ class Runner:
             await self._wait(clock, operation.what, operation)
 
     async def _wait(self, clock: Deadline, what: object, operation: Wait | None = None) -> None:
-        """Waits for an answer, or for all to be sent, or for the end."""
-        ready = asyncio.get_running_loop().create_future()
+        """Waits for an answer, or for all to be sent, or for the end, or for the time to be over.
+
+        Which of them it was is for the caller to see; who waits again then learns that the time is over. `bounded`
+        would cost 10 us more, and a READ of 256 KiB waits about once.
+
+        Raises:
+            DeadlineError: the time was over before.
+        """
+        loop = asyncio.get_running_loop()
+        left = clock.remaining(what, self.connection.where)
+        ready = loop.create_future()
+        timer = None if left is None else loop.call_later(left, _settle, ready)
         self._waiting.add(ready)
         if operation is not None:
             operation.batch.wake = partial(_settle, ready)
         try:
-            async with bounded(clock, what, self.connection.where):
-                await ready
+            await ready
         finally:
+            if timer is not None:
+                timer.cancel()
             self._waiting.discard(ready)
             if operation is not None:
                 operation.batch.wake = None
