@@ -487,6 +487,16 @@ def test_certificates_that_cannot_be_used(look: Look, folder: Path, tls: Tls, ma
         look(NbdUri.unix(uri.path), tls)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_authorities_of_the_system_are_read_only_to_verify(verify: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bool] = []
+    monkeypatch.setattr(ssl.SSLContext, "load_default_certs", lambda *_: read.append(True))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        TlsSocket(ours, Tls(hostname="h", verify=verify), "here")
+    assert bool(read) == verify
+
+
 @both_doors
 def test_a_folder_needs_the_key_to_its_certificate(look: Look, folder: Path, authority: Authority) -> None:
     mine = authority.client(f"keyless-{look.__name__}")
