@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,28 @@ def test_abilities(disk: str, ability: str) -> None:
     qmpnbd("info", disk, "--is", ability.upper().replace("-", "_"), code=1 if done.returncode else 0)
 
 
+@pytest.mark.parametrize("words", ["structured", "Structured Replies", "STRUCTURED_REPLY"])
+def test_an_ability_has_all_the_names_that_nbdinfo_has_for_it(disk: str, words: str) -> None:
+    nbdinfo("--is", words, disk)
+    qmpnbd("info", disk, "--has", words)  # which nbdinfo has since 1.20
+
+
+def test_a_shared_secret_is_named_beside_the_uri(folder: Path) -> None:
+    (folder / "keys").write_text("alice:0123456789abcdef\nbob:00112233445566778899aabbccddeeff\n")
+    secret = ("--tls-psk-file", str(folder / "keys"))
+    server = ("nbdkit", "-f", "-U", "{socket}", "--tls=require", f"--tls-psk={folder}/keys", "memory", "1M")
+    with running(folder, *server) as address:
+        uri = address.format("").replace("nbd+unix://", "nbds+unix://bob@")
+        if getattr(ssl, "HAS_PSK", False):
+            assert qmpnbd("info", uri, "--size", *secret).stdout == "1048576\n"
+        else:
+            assert "Use Python 3.13" in qmpnbd("info", uri, "--size", *secret, code=35).stderr
+        assert (
+            "either certificates or a shared secret"
+            in qmpnbd("info", uri, "--tls-certificates", str(folder), *secret, code=2).stderr
+        )
+
+
 def test_an_ability_nobody_has_heard_of(disk: str) -> None:
     assert "is none of: connect" in qmpnbd("info", disk, "--can", "fly", code=2).stderr
 
@@ -139,6 +162,14 @@ def test_a_part_of_a_map(disk: str) -> None:
     qmpnbd("map", disk, "--nbdinfo", "--offset", "512", code=2)
     qmpnbd("map", disk, "--json", "--totals", code=2)
     qmpnbd("map", disk, "--offset", "-1", code=2)
+    assert "0 bytes at 16777217 are not inside" in qmpnbd("map", disk, "--offset", "16777217", code=2).stderr
+    assert qmpnbd("map", disk, "--offset", "16777216").stdout.split() == ["offset", "length", DEPTH]
+
+
+def test_totals_of_several_contexts_say_whose_they_are(disk: str) -> None:
+    depth, base = (qmpnbd("map", disk, "--context", context, "--totals").stdout for context in (DEPTH, BASE))
+    both = qmpnbd("map", disk, "--context", DEPTH, "--context", BASE, "--totals").stdout
+    assert both == f"{DEPTH}:\n{depth}{BASE}:\n{base}"
 
 
 def test_several_contexts_side_by_side(disk: str) -> None:

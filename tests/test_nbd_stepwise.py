@@ -24,9 +24,10 @@ from qmpnbd.errors import (
 )
 from qmpnbd.nbd import aio, aio_stepwise, client, stepwise
 from qmpnbd.nbd.constants import Option, TransmissionFlag
+from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.uri import NbdUri
-from tests.hostile_nbd import BASE, DEPTH, Script, serving
+from tests.hostile_nbd import BASE, DEPTH, Script, honest, serving, status
 from tests.servers import listening, process, qemu_img, tool, wait_until
 from tests.tls_files import Authority
 
@@ -40,9 +41,13 @@ class Steps:
         self._negotiation = negotiation
         self._wait = wait
 
-    def __call__(self, step: str, *arguments: Any) -> Any:
-        found = getattr(self._negotiation, step)(*arguments)
+    def __call__(self, step: str, *arguments: Any, **more: Any) -> Any:
+        found = getattr(self._negotiation, step)(*arguments, **more)
         return self._wait(found) if isinstance(found, Awaitable) else found
+
+    def of(self, client: Any) -> Steps:
+        """Returns the steps of a client that was agreed on."""
+        return Steps(client, self._wait)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._negotiation, name)
@@ -196,6 +201,30 @@ def test_silence_ends_in_time(begin: Begin, folder: Path) -> None:
             steps("list_exports", Deadline(SHORT))
         with pytest.raises(NbdDisconnectedError):
             steps("go", "disk")
+
+
+@both_doors
+def test_a_client_that_was_agreed_on_does_not_wait_for_ever_for_an_answer(begin: Begin, folder: Path) -> None:
+    with serving(folder, Script(flush=lambda request, count: [])) as uri, begin(uri) as steps:
+        agreed = steps.of(steps("go", "disk", request_seconds=SHORT))
+        with pytest.raises(DeadlineError, match="NBD_CMD_FLUSH"):
+            agreed("flush")
+        agreed("close")
+
+
+@both_doors
+def test_a_client_that_was_agreed_on_bears_what_it_is_told_to(begin: Begin, folder: Path) -> None:
+    script = Script(answer=lambda request, count: [status(request.cookie, 99, [(512, 0)]), *honest(request, count)])
+    for lenient in (frozenset({Quirk.UNKNOWN_CONTEXT}), frozenset[Quirk]()):
+        with serving(folder, script) as uri, begin(uri) as steps:
+            steps("set_contexts", "disk", [DEPTH])
+            agreed = steps.of(steps("go", "disk", lenient=lenient))
+            if lenient:
+                assert agreed("maps")[DEPTH].size == script.size
+            else:
+                with pytest.raises(NbdProtocolError, match="99"):
+                    agreed("maps")
+            agreed("close")
 
 
 @both_doors

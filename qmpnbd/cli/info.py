@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -35,11 +36,15 @@ CAN: dict[str, Callable[[InfoDocument, ExportEntry], bool]] = {
     "structured-reply": lambda document, _: document.replies != "simple",
     "extended-headers": lambda document, _: document.replies == "extended",
 }
-"""What can be asked with ``--can``; upper case, underscores and missing dashes are forgiven."""
+"""What can be asked with ``--can``; upper case, underscores, spaces and missing dashes are forgiven."""
+
+_SHORT = {"structured": "structuredreply", "structuredreplies": "structuredreply"}
+"""Other words of nbdinfo for some of it."""
 
 
 def _ability(text: str) -> str:
-    wanted = text.lower().replace("_", "").replace("-", "")
+    wanted = re.sub("[-_ ]", "", text.lower())
+    wanted = _SHORT.get(wanted, wanted)
     found = [name for name in CAN if name.replace("-", "") == wanted]
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is none of: {', '.join(CAN)}")
@@ -63,6 +68,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     what.add_argument(
         "--can",
         "--is",
+        "--has",
         dest="can",
         type=_ability,
         metavar="WHAT",

@@ -90,6 +90,8 @@ def _write_as_nbdinfo(maps: dict[str, ExtentMap], *, as_json: bool, totals: bool
     from qmpnbd.report import nbdinfo
 
     for context, extents in maps.items():
+        if len(maps) > 1:  # not in nbdinfo's own forms
+            output.write([f"{context}:\n"])
         if totals:
             output.write([(nbdinfo.totals_json if as_json else nbdinfo.totals_text)(context, extents)])
         else:

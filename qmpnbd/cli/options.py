@@ -295,13 +295,21 @@ def add_tls(parser: argparse.ArgumentParser) -> None:
         "--tls-hostname", metavar="NAME", default="", help="name in the server's certificate (default: the URI's host)"
     )
     group.add_argument(
+        "--tls-psk-file",
+        metavar="FILE",
+        default="",
+        help="lines of USERNAME:HEXKEY, for a shared secret instead of certificates; which one of several the URI says "
+        "(nbds://USERNAME@HOST)",
+    )
+    group.add_argument(
         "--tls-no-verify", action="store_true", help="encrypt, but do not have the server prove who it is"
     )
 
 
 def tls(arguments: argparse.Namespace) -> Tls | None:
     """Returns the parameters of TLS that were given, or None if none was."""
-    if not (arguments.tls_certificates or arguments.tls_hostname or arguments.tls_no_verify):
+    given = (arguments.tls_certificates, arguments.tls_hostname, arguments.tls_psk_file, arguments.tls_no_verify)
+    if not any(given):
         return None
     from qmpnbd.nbd.tls import Tls
 
@@ -309,4 +317,5 @@ def tls(arguments: argparse.Namespace) -> Tls | None:
         certificates=arguments.tls_certificates,
         hostname=arguments.tls_hostname,
         verify=False if arguments.tls_no_verify else None,
+        psk_file=arguments.tls_psk_file,
     )

@@ -26,6 +26,7 @@ from qmpnbd.nbd.export import ExportInfo, Replies
 from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.negotiation import Haggling
 from qmpnbd.nbd.policy import UriPolicy, admitted
+from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.stepwise import LEAVE_PATIENCE, where_of
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.uri import NbdUri
@@ -160,8 +161,22 @@ class Negotiation:
         """
         return list(await self._run(self._haggling.set_contexts(export, queries), deadline))
 
-    async def go(self, export: str, deadline: Deadline | None = None) -> Client:
+    async def go(
+        self,
+        export: str,
+        deadline: Deadline | None = None,
+        *,
+        request_seconds: float | None = None,
+        lenient: frozenset[Quirk] = frozenset(),
+    ) -> Client:
         """Chooses an export; the negotiation is over then, and the connection belongs to the client.
+
+        Args:
+            export: its name.
+            deadline: how long it may take.
+            request_seconds: how long the server may take to answer a request of the client, whatever time a call has;
+                None for as long as the call has.
+            lenient: which known faults of servers the client is to bear; none by default.
 
         Raises:
             NbdRefusedError: there is no such export, or it needs TLS.
@@ -170,7 +185,8 @@ class Negotiation:
         """
         chosen = await self._run(self._haggling.go(export), deadline)
         self._given_away = True
-        return Client.agreed(self._stream, chosen, where_of(self.uri, export), self._haggling.limits)
+        where, limits = where_of(self.uri, export), self._haggling.limits
+        return Client.agreed(self._stream, chosen, where, limits, request_seconds=request_seconds, lenient=lenient)
 
     async def abort(self) -> None:
         """Takes leave and closes, unless an export was chosen; never fails, and may be called again."""

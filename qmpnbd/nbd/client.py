@@ -150,9 +150,18 @@ class Client:
         return cls(address, address.open(deadline or Deadline(None)), reconnect, lenient, limits)
 
     @classmethod
-    def agreed(cls, stream: Stream, export: Export, where: str, limits: Limits) -> Self:
-        """Makes a client of a stream on which an export was agreed already."""
-        return cls(None, Runner(stream, Connection(export, where, limits), None), None, frozenset(), limits)
+    def agreed(
+        cls,
+        stream: Stream,
+        export: Export,
+        where: str,
+        limits: Limits,
+        *,
+        request_seconds: float | None,
+        lenient: frozenset[Quirk],
+    ) -> Self:
+        """Makes a client of a stream on which an export was agreed already. It cannot reconnect."""
+        return cls(None, Runner(stream, Connection(export, where, limits), request_seconds), None, lenient, limits)
 
     @property
     def export(self) -> Export:

@@ -47,7 +47,7 @@ class UriPolicy:
             raise UsageError(
                 "a URI may not name files of this machine here (tls-certificates, tls-psk-file)",
                 where=where,
-                remedy="Name them apart from the URI (--tls-certificates DIR, Tls(certificates=DIR)).",
+                remedy="Name them apart from the URI (--tls-certificates DIR, --tls-psk-file FILE, Tls(...)).",
             )
         if not uri.tls.verified and not self.unverified:
             raise UsageError("a URI may not switch off verification here", where=where)

@@ -26,14 +26,28 @@ def longest_payload(export: Export) -> int:
     return max(export.maximum_payload - export.maximum_payload % export.minimum_block, export.minimum_block)
 
 
+def rest(export: Export, offset: int, where: str) -> int:
+    """Returns how many bytes there are from `offset` on.
+
+    Raises:
+        UsageError: it is not inside the export.
+    """
+    _require_inside(export, offset, 0, where)
+    return export.size - offset
+
+
+def _require_inside(export: Export, offset: int, length: int, where: str) -> None:
+    if not 0 <= offset <= offset + length <= export.size:
+        raise UsageError(f"{length} bytes at {offset} are not inside the export, which has {export.size}", where=where)
+
+
 def check_range(export: Export, offset: int, length: int, where: str) -> None:
     """Returns if a range may be asked for.
 
     Raises:
         UsageError: it is not inside the export, or does not begin and end at multiples of the smallest block.
     """
-    if not 0 <= offset <= offset + length <= export.size:
-        raise UsageError(f"{length} bytes at {offset} are not inside the export, which has {export.size}", where=where)
+    _require_inside(export, offset, length, where)
     block = export.minimum_block
     if offset % block or length % block:
         raise UsageError(f"{length} bytes at {offset}: this export is used in blocks of {block} bytes", where=where)
@@ -45,8 +59,7 @@ def aligned_range(export: Export, offset: int, length: int, where: str) -> tuple
     Raises:
         UsageError: the range is not inside the export.
     """
-    if not 0 <= offset <= offset + length <= export.size:
-        raise UsageError(f"{length} bytes at {offset} are not inside the export, which has {export.size}", where=where)
+    _require_inside(export, offset, length, where)
     block = export.minimum_block
     return offset - offset % block, offset + length + -(offset + length) % block
 

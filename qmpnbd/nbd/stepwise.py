@@ -28,6 +28,7 @@ from qmpnbd.nbd.export import ExportInfo, Replies
 from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.negotiation import Haggling
 from qmpnbd.nbd.policy import UriPolicy, admitted
+from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.sockets import Stream, drive, open_stream
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.uri import NbdUri
@@ -163,8 +164,22 @@ class Negotiation:
         """
         return list(self._run(self._haggling.set_contexts(export, queries), deadline))
 
-    def go(self, export: str, deadline: Deadline | None = None) -> Client:
+    def go(
+        self,
+        export: str,
+        deadline: Deadline | None = None,
+        *,
+        request_seconds: float | None = None,
+        lenient: frozenset[Quirk] = frozenset(),
+    ) -> Client:
         """Chooses an export; the negotiation is over then, and the connection belongs to the client.
+
+        Args:
+            export: its name.
+            deadline: how long it may take.
+            request_seconds: how long the server may take to answer a request of the client, whatever time a call has;
+                None for as long as the call has.
+            lenient: which known faults of servers the client is to bear; none by default.
 
         Raises:
             NbdRefusedError: there is no such export, or it needs TLS.
@@ -173,7 +188,8 @@ class Negotiation:
         """
         chosen = self._run(self._haggling.go(export), deadline)
         self._given_away = True
-        return Client.agreed(self._stream, chosen, where_of(self.uri, export), self._haggling.limits)
+        where, limits = where_of(self.uri, export), self._haggling.limits
+        return Client.agreed(self._stream, chosen, where, limits, request_seconds=request_seconds, lenient=lenient)
 
     def abort(self) -> None:
         """Takes leave and closes, unless an export was chosen; never fails, and may be called again."""

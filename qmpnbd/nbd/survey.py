@@ -35,7 +35,7 @@ from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.messages import pack_status_filter
 from qmpnbd.nbd.pace import Pace
 from qmpnbd.nbd.quirks import Quirk
-from qmpnbd.nbd.ranges import aligned_range, longest_effect
+from qmpnbd.nbd.ranges import aligned_range, longest_effect, rest
 from qmpnbd.nbd.requests import Batch, Due, Job, Request, Wait
 from qmpnbd.nbd.survey_reply import Reply, Span, Terms
 from qmpnbd.nbd.survey_volley import EmptyVolley
@@ -85,7 +85,7 @@ class Survey:
         self.names = _chosen(export, contexts, where)
         self._terms = Terms(where, export.size, lenient, limits.affordable_extents)
         self._where = where
-        self._asked = offset, (export.size - offset if length is None else length)
+        self._asked = offset, (rest(export, offset, where) if length is None else length)
         self._next, self._end = aligned_range(export, *self._asked, where)
         self._start = self._next
         self._spans: list[Span] = []
