@@ -560,7 +560,6 @@ def test_replies_that_are_not_the_expected_one_are_judged_by_themselves(case: st
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        (lambda r: [*emptiness(r), *emptiness(r)], None),
         (lambda r: [status(r.cookie, 8, [(r.length, 0)], done=True)], "context id 8"),
         (lambda r: [status(r.cookie, 7, [(0, 0)], done=True)], "length 0"),
         (lambda r: [status(r.cookie + 10**6, 7, [(r.length, 0)], done=True)], "unknown cookie"),
@@ -578,6 +577,23 @@ def test_what_cannot_be_true_is_not_believed_of_many_either(wrong: Tell, match: 
             stack.enter_context(contextlib.suppress(NbdProtocolError, NbdDisconnectedError))
         maps, _ = converse(connection, lambda r: wrong(r) if r.offset >> 32 == 1000 else emptiness(r))
         assert maps == {DEPTH: ExtentMap.uniform(HUGE, 0)}
+
+
+@pytest.mark.parametrize("number", [600, 700, 1099])
+def test_chunks_that_come_late_for_one_of_many_are_dropped(number: int) -> None:
+    """At once, when the next hundreds have been answered, and when all that was asked together has been."""
+    connection = connected(HUGE, 512, {DEPTH: 7})
+    late: list[bytes] = []
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        said = emptiness(request)
+        if request.offset >> 32 == 600:
+            late.extend([*said, status(request.cookie, 7, [(request.length, 1)], done=True)])
+        return [*said, *(late if request.offset >> 32 in {600, number} else [])]
+
+    maps, _ = converse(connection, tell)
+    assert maps == {DEPTH: ExtentMap.uniform(HUGE, 0)}
+    assert connection.live
 
 
 def test_nothing_is_left_out_where_the_connection_was_lost_before() -> None:

@@ -14,8 +14,13 @@ the second one.
 
 from __future__ import annotations
 
+from collections import deque
+from typing import Final
+
 from qmpnbd.nbd import constants
 from qmpnbd.nbd.requests import NOWHERE, Batch, Request, Volley
+
+_VOLLEYS: Final = 4  # of 256 requests each: as many as are remembered of others
 
 
 class Ledger:
@@ -35,6 +40,7 @@ class Ledger:
         self.answered = 0
         self._finished: dict[int, Request] = {}
         self._finished_before: dict[int, Request] = {}  # forgotten together: one at a time is slow, at a dict's front
+        self._answered: deque[Volley] = deque(maxlen=_VOLLEYS)
         self._last_cookie = 0  # counts up and never wraps in practice: no cookie is used twice
 
     def cookie(self) -> int:
@@ -60,7 +66,7 @@ class Ledger:
 
     def find(self, cookie: int) -> Request | None:
         """Returns the request that a message belongs to, perhaps one that is finished; None for an unknown cookie."""
-        return self.pending.get(cookie) or self._late(cookie) or self._single(cookie)
+        return self.pending.get(cookie) or self._late(cookie) or self._of_volley(cookie)
 
     def is_finished(self, cookie: int) -> bool:
         """Whether nothing more should have come for a request."""
@@ -103,22 +109,28 @@ class Ledger:
         """Returns a request that is finished, and that something still comes for."""
         return self._finished.get(cookie) or self._finished_before.get(cookie)
 
-    def _single(self, cookie: int) -> Request | None:
-        """Has one of many requests booked by itself, because its answer is not the expected one."""
+    def _of_volley(self, cookie: int) -> Request | None:
+        """Has one of many requests booked by itself, because its answer is not the expected one, or a late one."""
         for volley in self.volleys:
             if volley.first <= cookie < volley.first + volley.count:
                 request = volley.single(cookie)
-                if request is not None:
-                    self.pending[cookie] = request
-                    if request.sink is not NOWHERE:
-                        request.batch.pending[cookie] = request
+                if request is None:
+                    break
+                self.pending[cookie] = request
+                if request.sink is not NOWHERE:
+                    request.batch.pending[cookie] = request
                 if not volley.open:
                     self._end_volley(volley)
                 return request
+        for volley in (*self.volleys, *self._answered):
+            if volley.first <= cookie < volley.first + volley.count:
+                self._finished[cookie] = volley.answered(cookie)
+                return self._finished[cookie]
         return None
 
     def _end_volley(self, volley: Volley) -> None:
         self.volleys.remove(volley)
+        self._answered.append(volley)
         batch = volley.request.batch
         if batch.pending.pop(volley.first, None) is not None:
             batch.finished.append(volley.request)

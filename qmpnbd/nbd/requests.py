@@ -200,6 +200,10 @@ class Volley(Protocol):
         """Returns one of the requests to be booked by itself; None if it was answered."""
         ...
 
+    def answered(self, cookie: int) -> Request:
+        """Returns what stands for a request that was answered already, so that what comes late is dropped."""
+        ...
+
     @property
     def open(self) -> int:
         """How many are not answered and did not become requests by themselves."""

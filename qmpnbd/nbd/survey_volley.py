@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from qmpnbd.nbd.constants import CHUNK_MAGIC, REQUEST_MAGIC, ChunkFlag, ChunkType, Command
+from qmpnbd.nbd.constants import CHUNK_MAGIC, MAX_EXTRA_CHUNKS, REQUEST_MAGIC, ChunkFlag, ChunkType, Command
 from qmpnbd.nbd.requests import NOWHERE, Batch, Request, Sink
 from qmpnbd.nbd.survey_reply import Span
 
@@ -95,10 +95,14 @@ class EmptyVolley:
             return None
         self._apart[index] = True
         self.open -= 1
-        start, end = int(self._bounds[index]), int(self._bounds[index + 1])
         if self.request.sink is NOWHERE:  # given up meanwhile
-            return Request(Command.BLOCK_STATUS, start, end - start, self.request.batch, NOWHERE, most_chunks=32)
-        return self._alone(Span(start, end, [self._name]))
+            return self.answered(cookie)
+        return self._alone(Span(int(self._bounds[index]), int(self._bounds[index + 1]), [self._name]))
+
+    def answered(self, cookie: int) -> Request:
+        """Returns what stands for a request that nobody wants anything of any more."""
+        start, length = int(self._bounds[cookie - self.first]), int(self._lengths[cookie - self.first])
+        return Request(Command.BLOCK_STATUS, start, length, self.request.batch, NOWHERE, 1 + MAX_EXTRA_CHUNKS)
 
     def spans(self) -> Iterator[Span]:
         """Yields what became known, and what did not and is nobody else's, in spans."""
