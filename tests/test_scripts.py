@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKUPS = ("backup-rounds", "backup-cuts", "compare-peers")
-SCRIPTS = [ROOT / "scripts" / name for name in ("setup", "test", "check", "demo", *BACKUPS)]
+SCRIPTS = [ROOT / "scripts" / name for name in ("setup", "test", "check", "demo", "soak", *BACKUPS)]
 MADE = {".git", ".work", "dist", "__pycache__", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
 
 

@@ -19,7 +19,7 @@ from qmpnbd.report.model import ValidationReport
 from qmpnbd.report.text import validation_text
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.target import ServedTarget
-from tests.fleets import WHOLE, judged, overwritten, wrong
+from tests.fleets import WHOLE, judged, spoilt, wrong
 from tests.hostile_nbd import Script, To, pattern, serving
 from tests.option_bytes import ack, meta
 from tests.qemu_versions import QemuBinaries, each_qemu
@@ -118,14 +118,6 @@ def test_a_raw_window_that_hides_the_backing_chain(binaries: QemuBinaries, copie
     assert disk.verdict == "discrepancy"
     assert {(each.served, each.computed) for each in disk.discrepancies if each.compared == DEPTH} == {(0, 2), (0, 3)}
     assert "content" not in wrong(disk)
-
-
-def spoilt(path: Path, guest_offset: int) -> None:
-    """Clears the L2 entry of a guest cluster, in an image of one L2 table and 64 KiB clusters."""
-    image = path.read_bytes()
-    table = int.from_bytes(image[40:48], "big")
-    l2 = int.from_bytes(image[table : table + 8], "big") & 0x00FFFFFFFFFFFE00
-    overwritten(path, l2 + guest_offset // 65536 * 8, bytes(8))
 
 
 @pytest.mark.real

@@ -35,14 +35,13 @@ from qmpnbd.validate.reading import Reading, read_chain
 from qmpnbd.validate.releases import base_refusal
 from qmpnbd.validate.run import Options, validate
 from tests.dying import wishes_for
-from tests.fleets import overwritten
+from tests.fleets import overwritten, spoilt
 from tests.instants import DISCARDS, UNIT, WRITES, Machine, commands, machine
 from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.servers import blockdev, qemu_img, qemu_io, wait_until
 from tests.test_guest import running as booted
 from tests.test_guest import written
 from tests.test_pointintime_guest import needs_a_kernel
-from tests.test_validate_faults import spoilt
 
 pytestmark = pytest.mark.real
 

@@ -32,10 +32,9 @@ from qmpnbd.validate import live
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.reading import Reading, read_chain
 from qmpnbd.validate.run import Options, SoFar, validate, validate_disks
-from tests.fleets import overwritten
+from tests.fleets import spoilt
 from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.servers import Server, blockdev, qemu, qemu_img, storage_daemon
-from tests.test_validate_faults import spoilt
 from tests.writers import writing, written_and_not_flushed
 
 pytestmark = pytest.mark.real
@@ -103,22 +102,18 @@ def test_maps_and_bytes_agree_on_a_disk_that_is_written_all_the_time(binaries: Q
 
 
 @each_qemu
-@pytest.mark.parametrize("entry", [0, 1], ids=["gone", "zero"])
-def test_a_spoilt_entry_shows_in_all_that_is_compared(binaries: QemuBinaries, copies: Path, entry: int) -> None:
+@pytest.mark.parametrize("kind", ["cleared", "zero flag"])
+def test_a_spoilt_entry_shows_in_all_that_is_compared(binaries: QemuBinaries, copies: Path, kind: str) -> None:
     """One that is gone in depth, base:allocation and content; a zero flag does not change the depth."""
     top = copies / "top.qcow2"
     with binaries.daemon("--blockdev", blockdev(top, "top", read_only=True)) as server:
         whole = Options(choice=Choice(content="whole"))
         assert one(validate(str(server.qmp), ["top"], whole)).verdict == "agreed"
-        content = bytearray(top.read_bytes())
-        table = int.from_bytes(content[40:48], "big")
-        place = (int.from_bytes(content[table : table + 8], "big") & 0x00FFFFFFFFFFFE00) + (12 << 20) // 65536 * 8
-        overwritten(top, place + 7, bytes([content[place + 7] | 1]) if entry else bytes(1))
-        if not entry:
-            overwritten(top, place, bytes(8))
+        spoilt(top, 12 << 20, kind)
         disk = one(validate(str(server.qmp), ["top"], whole))
     found = {each.what: each.discrepancy_bytes for each in disk.compared}
-    assert found == {"qemu:allocation-depth": 0 if entry else 65536, "base:allocation": 65536, "content": 65536}
+    depth = 65536 if kind == "cleared" else 0
+    assert found == {"qemu:allocation-depth": depth, "base:allocation": 65536, "content": 65536}
 
 
 def test_what_is_switched_off_is_not_compared(daemon: Server) -> None:
