@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 
 from qmpnbd.extents import ExtentMap
 from qmpnbd.report.columns import columns, folded, table
-from qmpnbd.report.text import validation_text
+from qmpnbd.report.maptext import maps_text
+from qmpnbd.report.model import DiskEntry, DisksDocument, ErrorEntry, NodeEntry
+from qmpnbd.report.text import disks_text, validation_text
 from tests.reports import MIB, disk, layers, report, sample
+from tests.servers import blockdev, qemu_img, storage_daemon
 
 words = st.text(st.sampled_from("ab/é漢字🙂e\u0301- "), max_size=60)
 WIDE = "/images/漢字の名前/磁盤映像檔案-한국어-🙂.qcow2"
@@ -87,12 +90,47 @@ def test_a_report_fits_whatever_the_width(width: int) -> None:
     assert "\x1b[1;31m" in coloured
 
 
-def told(image: Path, **environment: str) -> list[str]:
-    """What the command says on a terminal of 50 columns."""
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_a_list_of_disks_fits_whatever_the_width(width: int) -> None:
+    layer = NodeEntry(allocation_depth=1, node_name="node", format="qcow2\x1b[2J", file=WIDE)
+    problem = ErrorEntry(type="x", exit_code=1, where=WIDE, what="cannot be exported now", remedy="Wait.")
+    first = DiskEntry(
+        name="vd0",
+        attached=True,
+        qdev="vd0",
+        qom_path="/machine/peripheral/the-first-disk-of-the-guest",
+        device="virtio-blk-pci",
+        drive="",
+        node_name="node",
+        driver="qcow2",
+        size=1,
+        read_only=False,
+        layers=(layer,),
+        problem=None,
+    )
+    disks = (first, first.model_copy(update={"name": "vd1", "layers": (), "problem": problem}))
+    document = DisksDocument(monitor=WIDE, qemu="7.2.22", guest="running", disks=disks)
+    text = disks_text(document, width)
+    assert [line for line in text.splitlines() if columns(line) > width] == []
+    assert solid(text).count(solid(WIDE)) == 3
+    assert "\x1b" not in text
+    assert len(disks_text(document).splitlines()) < len(text.splitlines())
+
+
+def test_a_picture_that_does_not_fit_goes_below_its_name_in_rows() -> None:
+    maps = {"qemu:allocation-depth": ExtentMap.of_extents([(MIB, 1), (MIB, 2)])}
+    wide = ["qemu:allocation-depth [" + "1" * 32 + "2" * 32 + "]"]
+    assert "".join(map(str, maps_text(maps))).splitlines()[:1] == wide
+    narrow = ["qemu:allocation-depth", "[" + "1" * 32 + "]", "[" + "2" * 32 + "]"]
+    assert "".join(map(str, maps_text(maps, width=60))).splitlines()[:3] == narrow
+
+
+def told(*arguments: str | Path, **environment: str) -> list[str]:
+    """What a command says on a terminal of 50 columns."""
     leader, terminal = pty.openpty()
     try:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
-        command = [sys.executable, "-m", "qmpnbd", "validate", str(image)]
+        command = [sys.executable, "-m", "qmpnbd", *map(str, arguments)]
         known = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
         known |= {"NO_COLOR": "1", "TERM": "xterm", **environment}
         subprocess.run(command, env=known, stdout=terminal, stderr=subprocess.DEVNULL, timeout=60, check=True)
@@ -106,14 +144,32 @@ def told(image: Path, **environment: str) -> list[str]:
 def test_the_terminal_counts_columns_of_the_environment_before_it_and_a_file_is_as_wide_as_it_takes(
     three_layers: Path,
 ) -> None:
-    image = three_layers / "top.qcow2"
-    assert 40 < max(map(len, told(image))) <= 50
-    assert max(map(len, told(image, COLUMNS="40"))) <= 40
-    assert max(map(len, told(image, COLUMNS="200"))) > 60
-    assert max(map(len, told(image, COLUMNS="nonsense"))) <= 50
-    command = [sys.executable, "-m", "qmpnbd", "validate", str(image)]
+    command = ("validate", three_layers / "top.qcow2")
+    assert 40 < max(map(len, told(*command))) <= 50
+    assert max(map(len, told(*command, COLUMNS="40"))) <= 40
+    assert max(map(len, told(*command, COLUMNS="200"))) > 60
+    assert max(map(len, told(*command, COLUMNS="nonsense"))) <= 50
     known = {**os.environ, "COLUMNS": "40"}
-    done = subprocess.run(command, env=known, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "qmpnbd", *command], env=known, stdout=subprocess.PIPE, text=True, timeout=60, check=True
+    )
     assert max(map(len, done.stdout.splitlines())) > 60
     assert "\x1b" not in done.stdout
-    assert any("\x1b[1;32mdisk" in line for line in told(image, NO_COLOR=""))
+    assert any("\x1b[1;32mdisk" in line for line in told(*command, NO_COLOR=""))
+
+
+@pytest.mark.real
+def test_what_other_commands_list_fits_the_terminal_too(three_layers: Path, folder: Path) -> None:
+    image = three_layers / "top.qcow2"
+    assert max(map(len, told("chain", image))) > 50  # rows of numbers, which are not folded
+    head = told("chain", image)[:20]
+    assert max(map(len, head[: head.index("qemu:allocation-depth") + 3])) <= 50
+    with storage_daemon("--blockdev", blockdev(image, "top", read_only=True)) as server:
+        lines = told("disks", "--qmp", server.qmp)
+        assert 40 < max(map(len, lines)) <= 50
+        assert str(image) in solid("".join(lines))
+    qemu_img("create", "-q", "-f", "qcow2", folder / "top.qcow2", "1M")
+    qemu_img("bitmap", "--add", folder / "top.qcow2", "a-bitmap-with-a-name-that-is-\x1b[2Jtoo-long")
+    lines = told("chain", folder / "top.qcow2", "--bitmaps")
+    assert 20 < max(map(len, lines)) <= 50
+    assert r"a-bitmap-with-a-name-that-is-\x1b[2Jtoo-long" in solid("".join(lines))

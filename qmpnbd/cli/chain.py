@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
-from qmpnbd.cli import options, output
+from qmpnbd.cli import options, output, terminal
 from qmpnbd.cli.exit_codes import UNREADABLE
 from qmpnbd.errors import UsageError
 from qmpnbd.report.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP
@@ -103,7 +104,7 @@ def _bitmaps(arguments: argparse.Namespace, chain: Chain) -> int:
     from qmpnbd.report.jsontext import document_json
 
     document = bitmaps_document(arguments.image, chain)
-    output.write([document_json(document) if arguments.json else bitmaps_text(document)])
+    output.write([document_json(document) if arguments.json else bitmaps_text(document, terminal.width(sys.stdout))])
     return 0
 
 
@@ -135,6 +136,7 @@ def _map(arguments: argparse.Namespace, chain: Chain) -> int:
         output.write(write(arguments.context, extents))
         return 0
     from qmpnbd.report import jsontext, maptext, text
+    from qmpnbd.report.columns import folded
     from qmpnbd.report.layers import layer_entries, unreadable_entries
     from qmpnbd.report.model import ChainDocument
 
@@ -145,11 +147,11 @@ def _map(arguments: argparse.Namespace, chain: Chain) -> int:
         document = ChainDocument(layers=layers, unreadable=unreadable, extents=(), **head)
         output.write(jsontext.chain_json(document, extents))
     else:
-        totals = extents.totals() if arguments.context == _DEPTH else None
-        output.write(f"{line}\n" for line in text.layer_table(layers, totals))
+        totals, width = extents.totals() if arguments.context == _DEPTH else None, terminal.width(sys.stdout)
+        output.write(f"{line}\n" for line in text.layer_table(layers, totals, width))
         output.write(["\n"])
-        output.write(maptext.maps_text({arguments.context: extents}))
-        output.write(text.unreadable_lines(unreadable))
+        output.write(maptext.maps_text({arguments.context: extents}, width=width))
+        output.write(f"{piece}\n" for line in text.unreadable_lines(unreadable) for piece in folded(line, width))
     return UNREADABLE if bad else 0
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
-from qmpnbd.cli import options, output
+from qmpnbd.cli import options, output, terminal
 
 if TYPE_CHECKING:
     from qmpnbd.qmp.address import MonitorAddress
@@ -35,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qmpnbd.report.text import disks_text
 
     document = signals.run(_document(arguments.qmp, arguments.timeout))
-    output.write([document_json(document) if arguments.json else disks_text(document)])
+    width = terminal.width(sys.stdout)
+    output.write([document_json(document) if arguments.json else disks_text(document, width)])
     return 0
 
 

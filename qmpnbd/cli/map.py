@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from typing import TYPE_CHECKING
 
-from qmpnbd.cli import options, output
+from qmpnbd.cli import options, output, terminal
 from qmpnbd.errors import UsageError
 from qmpnbd.nbd.constants import ALLOCATION_DEPTH
 
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             from qmpnbd.report import maptext
 
-            output.write(maptext.maps_text(maps, arguments.offset))
+            output.write(maptext.maps_text(maps, arguments.offset, terminal.width(sys.stdout)))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qmpnbd.images.layers import Chain
+from qmpnbd.printable import printable
 from qmpnbd.report.columns import table
 from qmpnbd.report.model import BitmapEntry, BitmapsDocument
 from qmpnbd.report.sizes import human_size
@@ -30,13 +31,18 @@ def bitmaps_document(image: str, chain: Chain) -> BitmapsDocument:
     return BitmapsDocument(image=image, bitmaps=tuple(entries))
 
 
-def bitmaps_text(document: BitmapsDocument) -> str:
-    """Returns the list of bitmaps."""
+def bitmaps_text(document: BitmapsDocument, width: int | None = None) -> str:
+    """Returns the list of bitmaps.
+
+    Args:
+        document: the list.
+        width: columns of the terminal; None for as many as it takes.
+    """
     if not document.bitmaps:
         return "no bitmaps\n"
     rows = [("layer", "granularity", "dirty", "state", "bitmap")]
     for each in document.bitmaps:
         state = "inconsistent" if each.inconsistent else "recording" if each.recording else "disabled"
         dirty = "-" if each.dirty_bytes is None else human_size(each.dirty_bytes)
-        rows.append((str(each.layer_index), human_size(each.granularity), dirty, state, each.name))
-    return "\n".join(table(rows, right=(0, 1, 2))) + "\n"
+        rows.append((str(each.layer_index), human_size(each.granularity), dirty, state, printable(each.name)))
+    return "\n".join(table(rows, right=(0, 1, 2), width=width)) + "\n"

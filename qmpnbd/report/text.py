@@ -11,7 +11,7 @@ from qmpnbd.printable import printable as shown
 from qmpnbd.report.columns import folded, table
 from qmpnbd.report.contexts import ALLOCATION_DEPTH, CONTENT, UNREADABLE, describe
 from qmpnbd.report.instant import instant_text
-from qmpnbd.report.maptext import status_mark
+from qmpnbd.report.maptext import status_mark, strip_rows
 from qmpnbd.report.model import (
     DiscrepancyEntry,
     DiskReport,
@@ -24,7 +24,6 @@ from qmpnbd.report.model import (
 from qmpnbd.report.sizes import human_size
 
 _SHOWN = 10
-_LEAST_CELLS = 8
 _HEADLINES = {
     "agreed": "AGREED",
     "discrepancy": "DISCREPANCY",
@@ -54,7 +53,7 @@ def validation_text(report: ValidationReport, *, colours: bool = False, width: i
     told = []
     for line, verdict in _one(report, width) if report.monitor else _many(report, width):
         paint = _COLOURS[verdict].format if colours and verdict else str
-        told += [paint(piece) for piece in folded(line, width)]
+        told += [paint(piece) for piece in folded(shown(line), width)]
     return "\n".join(told) + "\n"
 
 
@@ -129,7 +128,7 @@ def _disk(disk: DiskReport, source: str = "", width: int | None = None) -> Itera
     totals = {total.allocation_depth: total.bytes for total in disk.totals}
     inside = None if width is None else max(width - 2, 1)
     yield from (f"  {line}" for line in layer_table(disk.layers, totals, inside))
-    yield from (f"  [{piece}]" for piece in _strip(disk, inside))
+    yield from (f"  {row}" for row in strip_rows(_strip(disk), inside))
     yield from _compared(disk)
     yield from _discrepancies(disk)
     if not disk.files_verified:
@@ -191,13 +190,14 @@ def _meaning(context: str, value: int) -> str:
 
 
 def unreadable_lines(ranges: Sequence[UnreadableEntry]) -> Iterator[str]:
-    """Yields what cannot be read, and why; with newlines."""
+    """Yields what cannot be read, and why."""
     if ranges:
-        yield f"\nunreadable, {len(ranges):,} ranges:\n"
+        yield ""
+        yield f"unreadable, {len(ranges):,} ranges:"
     for each in ranges[:_SHOWN]:
-        yield f"  [{each.offset}, {each.end})  layer {each.layer_index} {shown(each.file)}: {each.reason}\n"
+        yield f"  [{each.offset}, {each.end})  layer {each.layer_index} {shown(each.file)}: {each.reason}"
     if len(ranges) > _SHOWN:
-        yield f"  … {len(ranges) - _SHOWN:,} more (--json lists them)\n"
+        yield f"  … {len(ranges) - _SHOWN:,} more (--json lists them)"
 
 
 def layer_table(
@@ -223,21 +223,24 @@ def layer_table(
     yield from table(rows, right=(0, 1), width=width)
 
 
-def _strip(disk: DiskReport, width: int | None) -> Iterator[str]:
-    """Yields the picture of a disk; in several rows where one does not fit."""
+def _strip(disk: DiskReport) -> str:
+    """Returns the picture of a disk, with a mark where something differs."""
     cells = [status_mark(depth) for depth in disk.strip]
     for each in disk.discrepancies:
         first = each.offset * len(cells) // disk.size
         last = (each.end - 1) * len(cells) // disk.size
         cells[first : last + 1] = ["!"] * (last + 1 - first)
-    row = len(cells)
-    while width is not None and row + 2 > width and row > _LEAST_CELLS:
-        row //= 2
-    yield from ("".join(cells[at : at + row]) for at in range(0, len(cells), row or 1))
+    return "".join(cells)
 
 
-def disks_text(document: DisksDocument) -> str:
-    """Returns the list of disks."""
+def disks_text(document: DisksDocument, width: int | None = None) -> str:
+    """Returns the list of disks.
+
+    Args:
+        document: the list.
+        width: columns of the terminal; None for as many as it takes.
+    """
+    inside = None if width is None else max(width - 2, 1)
     lines = [f"QEMU {document.qemu}, {guest_words(document.guest)}, monitor {shown(document.monitor)}"]
     for disk in document.disks:
         kind = f"disk {shown(disk.name)}" if disk.attached else f"node {shown(disk.name)} (no device)"
@@ -254,7 +257,7 @@ def disks_text(document: DisksDocument) -> str:
                 (str(layer.allocation_depth), layer.format, shown(layer.node_name), shown(layer.file))
                 for layer in disk.layers
             ]
-            lines += [f"  {line}" for line in table(rows, right=(0,))]
+            lines += [f"  {line}" for line in table(rows, right=(0,), width=inside)]
     if not document.disks:
         lines += ["", "no disks"]
-    return "\n".join(lines) + "\n"
+    return "".join(f"{piece}\n" for line in lines for piece in folded(shown(line), width))
