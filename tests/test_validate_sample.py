@@ -137,6 +137,14 @@ def test_bytes_of_a_running_disk_are_judged_by_the_rules(
     assert content.set_aside == (0 if settled else 4096)
 
 
+@pytest.mark.parametrize("touched", [0, 1], ids=["at rest", "written"])
+def test_bytes_that_were_judged_stay_so_in_rounds_that_maps_need(touched: int) -> None:
+    """Nothing is read in those, so what a round before has found is neither found again nor open again."""
+    content = content_rounds([(b"a", b"b", b"a", 0)])
+    content.judge(ExtentMap.uniform(4096, touched))
+    assert (content.settled, len(content.found), content.set_aside) == (True, 1, 0)
+
+
 def test_progress_tells_rate_and_time_left() -> None:
     time = 100.0
     progress = Progress(4, now=lambda: time)

@@ -13,8 +13,7 @@ from qmpnbd.extents import ExtentMap
 from qmpnbd.images.mapentries import NBD_ZERO
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.compare import Comparison, Discrepancy, MapFinding, marked
-from qmpnbd.validate.instant_content import InstantContent
-from qmpnbd.validate.live_content import LiveContent
+from qmpnbd.validate.content_judgement import ContentJudgement
 from qmpnbd.validate.reading import Reading
 
 
@@ -73,7 +72,7 @@ class Findings:
         content: see above.
     """
 
-    def __init__(self, size: int, choice: Choice, base_refused: str, content: LiveContent | InstantContent) -> None:
+    def __init__(self, size: int, choice: Choice, base_refused: str, content: ContentJudgement) -> None:
         self.size = size
         self.rounds = 0
         self.reading: Reading | None = None

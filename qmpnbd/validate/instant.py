@@ -41,10 +41,10 @@ from qmpnbd.validate.changes import Blocks, misses
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.compare import MapFinding, compared
 from qmpnbd.validate.composed import Side
+from qmpnbd.validate.content_judgement import Range
 from qmpnbd.validate.findings import Findings, Served
 from qmpnbd.validate.instant_content import InstantContent
 from qmpnbd.validate.live import DIRTY, Flusher, Place, in_thread, same_files, specs_of
-from qmpnbd.validate.live_content import Range
 from qmpnbd.validate.reading import Reading, read_chain
 from qmpnbd.validate.releases import base_refusal, generation_of
 from qmpnbd.validate.sample import both

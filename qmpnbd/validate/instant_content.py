@@ -13,16 +13,13 @@ So every byte can be judged, however hard the guest writes.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 from typing import TypeAlias
 
 from qmpnbd.extents import ExtentMap
-from qmpnbd.validate.choice import Choice
-from qmpnbd.validate.content import ContentDifference, differences
-from qmpnbd.validate.live_content import Range, Read, pieces
-from qmpnbd.validate.sample import sample, whole
+from qmpnbd.validate.content import differences
+from qmpnbd.validate.content_judgement import ContentJudgement, Range, Read
 
 ReadFiles: TypeAlias = Callable[[Sequence[Range]], Awaitable[list[bytearray]]]
 """Reads ranges from the files as they are now."""
@@ -34,41 +31,8 @@ _AT_ONCE = 32
 """Pieces that are held in memory."""
 
 
-class InstantContent:
-    """The judgement on bytes.
-
-    Args:
-        choice: how many of them.
-
-    Attributes:
-        found: the discrepancies so far.
-        note: how the sample was chosen, or why nothing is compared.
-        bytes: bytes that are compared.
-    """
-
-    def __init__(self, choice: Choice) -> None:
-        self.found: list[ContentDifference] = []
-        self.note = ""
-        self.bytes = 0
-        self._choice = choice
-        self._open: deque[Range] | None = deque() if choice.content == "none" else None
-
-    @property
-    def settled(self) -> bool:
-        """Whether every byte has agreed or is a discrepancy."""
-        return self._open is not None and not self._open
-
-    @property
-    def set_aside(self) -> int:
-        """Bytes that have not been judged."""
-        return sum(length for _, length in self._open or ())
-
-    def give_up(self, note: str) -> None:
-        """Notes why the bytes cannot be compared."""
-        self.note, self.bytes, self._open = note, 0, deque()
-
-    def judge(self, touched: ExtentMap | None) -> None:
-        """Does nothing: what was written meanwhile does not matter here."""
+class InstantContent(ContentJudgement):
+    """The judgement on bytes that stand still."""
 
     async def read(self, depth: ExtentMap, alignment: int, served: Read, files: ReadFiles, again: ReadAgain) -> None:
         """Reads and judges what is still open; after an error, what was judged stays so.
@@ -80,10 +44,9 @@ class InstantContent:
             files: reads from the files.
             again: reads from them once more.
         """
-        if self._open is None:
-            self._choose(depth, alignment)
-        while self._open:
-            some = list(islice(self._open, _AT_ONCE))
+        still_open = self._still_open(depth, alignment)
+        while still_open:
+            some = list(islice(still_open, _AT_ONCE))
             told = [await served(offset, length) for offset, length in some]
             own = await files(some)
             doubtful = [(each, first, mine) for each, first, mine in zip(some, told, own, strict=True) if first != mine]
@@ -93,12 +56,7 @@ class InstantContent:
                     _take_over(mine, now, held)
                     self.found += differences(each[0], memoryview(first), mine)
             for _ in some:
-                self._open.popleft()
-
-    def _choose(self, depth: ExtentMap, alignment: int) -> None:
-        chosen = whole(depth.size) if self._choice.content == "whole" else sample(depth, self._choice.seed, alignment)
-        self.note, self.bytes = chosen.note, chosen.bytes
-        self._open = deque(pieces(chosen.ranges))
+                still_open.popleft()
 
 
 def _take_over(own: bytearray, now: bytearray, held: ExtentMap) -> None:
