@@ -36,7 +36,7 @@ from qmpnbd.validate.releases import base_refusal
 from qmpnbd.validate.run import Options, validate
 from tests.dying import wishes_for
 from tests.fleets import overwritten, spoilt
-from tests.instants import DISCARDS, UNIT, WRITES, Machine, commands, machine
+from tests.instants import DISCARDS, SIZE, UNIT, WRITES, Machine, commands, machine
 from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.servers import blockdev, qemu_img, qemu_io, wait_until
 from tests.test_guest import running as booted
@@ -247,6 +247,12 @@ def test_a_bitmap_that_misses_a_change_is_found_and_named(
         assert (found.offset, found.end, found.served, found.computed) == (1 << 20, (1 << 20) + 2 * UNIT, 0, 1)
         text = disk_text(disk)
         assert "[1048576, 1179648)  bitmap-misses-change: changed, and clean in qemu:dirty-bitmap:daily" in text
+
+        running.server.side("block-dirty-bitmap-remove", node="disk0", name="daily")
+        meanwhile(lambda: running.server.side("block_resize", node_name="disk0", size=SIZE + UNIT))
+        (disk,) = validate(str(running.server.qmp), ["vd0"], options).disks
+        assert disk.verdict == "incomplete"
+        assert f"bitmaps: not judged (the disk had {SIZE} bytes at the earlier point in time" in disk_text(disk)
 
         meanwhile(lambda: running.server.side("block-dirty-bitmap-disable", node="disk0", name="other"))
         (disk,) = validate(str(running.server.qmp), ["vd0"], options).disks

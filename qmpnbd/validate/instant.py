@@ -51,6 +51,9 @@ from qmpnbd.validate.sample import both
 
 T = TypeVar("T")
 
+BITMAPS = "bitmaps"
+"""What is compared, where no bitmap can be named."""
+
 _ATTEMPTS = 5
 """How often files are read that cannot be understood, because the guest is writing them just now."""
 
@@ -255,6 +258,9 @@ class InstantDisk:
 
     async def _changed(self, client: Client, former: Former) -> list[MapFinding]:
         """Compares bitmaps with what has changed since an earlier instant."""
+        if client.export.size != former.blocks.size:
+            why = f"the disk had {former.blocks.size} bytes at the earlier point in time, and has {client.export.size}"
+            return [MapFinding(BITMAPS, None, None, why)]
         now = await read_blocks(client, former.blocks.block, self._place)
         changed = former.blocks.changed(now)
         found = []

@@ -36,13 +36,10 @@ from qmpnbd.validate.changes import Blocks, block_size
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.compare import MapFinding
 from qmpnbd.validate.findings import Findings
-from qmpnbd.validate.instant import Copied, Former, InstantDisk, read_blocks
+from qmpnbd.validate.instant import BITMAPS, Copied, Former, InstantDisk, read_blocks
 from qmpnbd.validate.live import Place, explained
 from qmpnbd.validate.outcome import disk_report, failed_disk_report
 from qmpnbd.validate.reading import Explained
-
-BITMAPS = "bitmaps"
-"""What is compared, where no bitmap can be named."""
 
 
 @dataclass(frozen=True, slots=True)
