@@ -245,6 +245,24 @@ def test_a_full_disk_loses_one_report_and_not_the_others(guest: Server, tmp_path
 
 
 @pytest.mark.real
+def test_a_disk_that_gets_full_keeps_the_lines_of_what_was_done(guest: Server, tmp_path: Path) -> None:
+    """They are no whole report, so they are not in its place, where there may be an old one."""
+    whole, place = tmp_path / "whole", tmp_path / "report.ndjson"
+    run("validate", "--qmp", guest.qmp, "--ndjson", whole)
+    first, second, _ = whole.read_bytes().splitlines(keepends=True)
+    place.write_text("of yesterday")
+    room = ("prlimit", f"--fsize={len(first) + len(second) // 2}")
+    done = run("validate", "--qmp", guest.qmp, "--ndjson", place, code=51, before=room)
+    assert f"{place}: cannot write the report: File too large" in done.stderr
+    assert f"{place}.partial: the lines of the disks that were done before that" in done.stderr
+    assert done.stdout.count("AGREED") == 2
+    assert place.read_text() == "of yesterday"
+    (line,) = (tmp_path / "report.ndjson.partial").read_text().splitlines()
+    assert DiskLine.model_validate_json(line).disk.verdict == "agreed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.ndjson", "report.ndjson.partial", "whole"]
+
+
+@pytest.mark.real
 def test_a_signal_leaves_reports_of_what_was_done(folder: Path, three_layers: Path) -> None:
     qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", folder / "big.qcow2", "512T")
     nodes = [blockdev(three_layers / "top.qcow2", "top", read_only=True), blockdev(folder / "big.qcow2", "big")]

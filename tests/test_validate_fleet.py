@@ -152,6 +152,28 @@ def test_fail_fast_begins_nothing_new(copies: Path) -> None:
     assert report.verdict == "error"
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one guest", "several"])
+def test_fail_fast_begins_no_other_disk_of_a_guest(copies: Path, *, several: bool) -> None:
+    """Also where a single guest is validated, which is no fleet."""
+    nodes = [blockdev(copies / "top.qcow2", "a", read_only=True), '{"driver":"null-co","node-name":"b","size":65536}']
+    nodes.append(blockdev(copies / "base.raw", "c", "raw", read_only=True))
+    with storage_daemon(*(word for node in nodes for word in ("--blockdev", node))) as server:
+        if several:
+            (copies / "plan.toml").write_text(f'[[vm]]\nqmp = "{server.qmp}"\ndisks = ["a", "b", "c"]\n')
+            named: list[str | Path] = ["--plan", copies / "plan.toml"]
+        else:
+            named = ["--qmp", server.qmp, "a", "b", "c"]
+        lines = copies / "lines"
+        report = qmpnbd(*named, "--fail-fast", "--ndjson", lines, code=21)
+        assert [(disk.name, disk.verdict) for disk in report.disks] == [
+            ("a", "agreed"),
+            ("b", "error"),
+            ("c", "not-judged"),
+        ]
+        assert len(lines.read_text().splitlines()) == 3  # two disks, and the run
+        assert [disk.verdict for disk in qmpnbd(*named, code=21).disks] == ["agreed", "error", "agreed"]
+
+
 def test_what_another_process_writes_is_refused_and_said(copies: Path) -> None:
     with storage_daemon("--blockdev", blockdev(copies / "top.qcow2", "top")) as server:
         server.side("nbd-server-start", addr={"type": "unix", "data": {"path": str(copies / "s")}})

@@ -38,6 +38,7 @@ class ReportFile:
     def __init__(self, name: str) -> None:
         self.name = name
         self._beside: Path | None = None
+        self._written = 0
         with self._told():
             self._file = self._open()
 
@@ -78,9 +79,11 @@ class ReportFile:
         Raises:
             ReportFileError: it cannot be written.
         """
+        content = piece if isinstance(piece, bytes) else piece.encode("utf-8", "backslashreplace")
         with self._told():
-            self._file.write(piece if isinstance(piece, bytes) else piece.encode("utf-8", "backslashreplace"))
+            self._file.write(content)
             self._file.flush()
+        self._written += len(content)
 
     def finish(self, pieces: Iterable[str | bytes] = ()) -> None:
         """Writes what is missing and puts the file in its place.
@@ -99,6 +102,26 @@ class ReportFile:
             self._beside = None
             self._file.close()
         log.info("wrote %s", self.name)
+
+    def keep(self) -> Path | None:
+        """Keeps the pieces that were written as a whole, as ``NAME.partial``, where the report cannot be finished.
+
+        Returns:
+            The file; None if there is nothing to keep, or it cannot be kept.
+        """
+        if self._beside is None or not self._written:
+            return None
+        partial = Path(self.name).resolve()
+        partial = partial.with_name(f"{partial.name}.partial")
+        with contextlib.suppress(OSError):
+            self._file.close()  # which tries once more to write what could not be written
+        try:
+            os.truncate(self._beside, self._written)
+            self._beside.rename(partial)
+        except OSError:
+            return None
+        self._beside = None
+        return partial
 
     def drop(self) -> None:
         """Removes what has been written beside, unless it was finished."""

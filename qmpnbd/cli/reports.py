@@ -86,7 +86,11 @@ class Reports:
         except ReportFileError as error:
             output.complain(error)
             self.failure = self.failure or error
-            self._files.pop(form).drop()
+            file = self._files.pop(form)
+            kept = file.keep() if form == "ndjson" else None  # each of its lines says something by itself
+            file.drop()
+            if kept is not None:
+                output.tell(f"{kept}: the lines of the disks that were done before that")
 
 
 def _content(form: str, report: ValidationReport) -> Iterable[str]:

@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         allow_iothread=options.IOTHREAD in options.allowed(arguments),
         instant=instant_of(arguments),
         change_seconds=arguments.bitmap_change,
+        fail_fast=arguments.fail_fast,
     )
     with Reports.of(arguments) as reports:
         report, stopped = _validated(arguments, each, reports)

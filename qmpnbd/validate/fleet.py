@@ -148,6 +148,10 @@ class Fleet:
         if self._on_disk is not None:
             self._on_disk(report)
 
+    def leave(self, number: int, reports: Sequence[DiskReport]) -> None:
+        """Notes disks of a target whose turn did not come."""
+        self._reports.setdefault(number, []).extend(reports)
+
     def end(self, number: int, left_behind: Sequence[str] = ()) -> None:
         """Notes that a target is done."""
         self._ended.add(number)
@@ -197,9 +201,12 @@ class _Worker:
         self._fleet.end(number, left)
 
     async def _monitor(self, number: int, target: MonitorTarget) -> Sequence[str]:
-        each = replace(self._options.each, nbd=target.nbd, choice=self._options.choice)
+        options = self._options
+        each = replace(options.each, nbd=target.nbd, choice=options.choice, fail_fast=options.fail_fast)
         add = partial(self._fleet.add, number)
-        return (await validate_disks(target.monitor, target.disks, each, on_disk=add)).left_behind
+        report = await validate_disks(target.monitor, target.disks, each, on_disk=add)
+        self._fleet.leave(number, [disk for disk in report.disks if disk.verdict == "not-judged"])
+        return report.left_behind
 
     async def _still(self, number: int, target: ServedTarget | ImageTarget, deadline: Deadline) -> DiskReport:
         options = self._options

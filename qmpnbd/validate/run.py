@@ -70,6 +70,7 @@ class Options:
         instant: judge all disks at one point in time, taken like this; None to judge them as they go on.
         change_seconds: with `instant`, compare bitmaps that record with what changed since an earlier point in time, so
             many seconds before; None not to.
+        fail_fast: begin no other disk after the first discrepancy or error; at a point in time all of them are begun.
     """
 
     seconds: float | None = DEFAULT_SECONDS
@@ -81,6 +82,7 @@ class Options:
     choice: Choice = field(default_factory=Choice)
     instant: Wishes | None = None
     change_seconds: float | None = None
+    fail_fast: bool = False
 
 
 class SoFar:
@@ -114,6 +116,11 @@ class SoFar:
         """Notes that a disk is done; they are done in their order."""
         self.progress.disk(len(self._done), discrepancy=report.verdict == "discrepancy")
         self._done.append(report)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a disk has a discrepancy, or could not be validated."""
+        return worst(self._done) in ("discrepancy", "error")
 
     def report(
         self, left_behind: Sequence[str], stopped: ErrorEntry | None = None, *, failed: bool = False
@@ -236,6 +243,8 @@ class _Run:
                         raise
                     lost = error if isinstance(error, MonitorLostError) else None
                     self._done(failed_disk_report(disk, error))
+                if self.options.fail_fast and self.so_far.failed:
+                    return
 
     def _done(self, report: DiskReport) -> None:
         told = report.model_copy(update=self._origin())
