@@ -8,8 +8,9 @@
     instants   now and then all of it at a point in time, and a bitmap must know what changed since an earlier one;
                some of these bitmaps are cleared meanwhile, which must be found
 
-Counted are false alarms (a discrepancy that is none) and faults that were missed; ends with 1 unless both are 0, and if
-there was no time for one of the things above. `scripts/soak` runs it.
+Counted are false alarms (a discrepancy that is none) and faults that were missed; ends with 1 unless both are 0, if
+less than 99 % of a disk was judged whose graph stood still, and if there was no time for one of the things above.
+`scripts/soak` runs it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.errors import CommandFailedError, NoSuchDiskError
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.planning import Wishes
+from qmpnbd.report.contexts import CONTENT
 from qmpnbd.report.model import DiskReport
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.run import Options, validate_disks
@@ -39,6 +41,7 @@ from tests.soak_disk import MIB, SECONDS, Snapshots, Writer, guest_uri, make_ima
 _POLL_SECONDS = 0.02
 _BITMAP = "soak"
 _CHANGE_SECONDS = 0.5
+_LEAST_SHARE = 0.99
 _CYCLE = 6
 """Turns after which all of them have been done."""
 
@@ -53,7 +56,7 @@ class Counts:
         validations: those that ended with a verdict on the disk.
         moved: those that could not begin, because the node had just gone.
         incomplete: those that could not judge everything.
-        worst_share: the smallest part of the disk that was judged, of validations in which the graph stood still.
+        worst_share: the smallest part of the disk of which a map was judged, where the graph stood still.
         graph: validations in which the graph never stood still.
         snapshots: overlays put on top.
         commits: overlays committed.
@@ -82,7 +85,7 @@ class Counts:
     @property
     def verdict(self) -> str:
         """Says `passed`, `failed`, or that something never happened, so that nothing is said of it."""
-        if self.missed or self.alarms:
+        if self.missed or self.alarms or self.worst_share < _LEAST_SHARE:
             return "failed"
         happened = (self.validations - self.incomplete, self.instants, self.snapshots, self.commits, self.faults)
         return "passed" if all(happened) else "too short to say anything"
@@ -242,8 +245,9 @@ class Soak:
         if disk.unfinished == "graph":
             self.counts.graph += 1
         elif instant is None:
-            share = 1 - max((each.set_aside_bytes / max(each.bytes, 1) for each in disk.compared), default=0)
-            self.counts.worst_share = min(self.counts.worst_share, share)
+            maps = [each for each in disk.compared if each.what != CONTENT]  # of content it is a sample that is judged
+            aside = max(each.set_aside_bytes for each in maps)
+            self.counts.worst_share = min(self.counts.worst_share, 1 - aside / disk.size)
         return disk
 
     def _seed(self) -> int:

@@ -66,6 +66,7 @@ def test_a_validation_that_finds_too_much_is_a_false_alarm(
 def test_what_never_happened_is_not_passed() -> None:
     everything = {"validations": 9, "incomplete": 1, "instants": 1, "snapshots": 1, "commits": 1, "faults": 1}
     assert Counts(**everything).verdict == "passed"  # type: ignore[arg-type]
+    assert Counts(**everything, worst_share=0.98).verdict == "failed"  # type: ignore[arg-type]
     for name in ("instants", "snapshots", "commits", "faults"):
         assert Counts(**{**everything, name: 0}).verdict == "too short to say anything"  # type: ignore[arg-type]
     assert Counts(**{**everything, "incomplete": 9}).verdict == "too short to say anything"  # type: ignore[arg-type]
