@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from tests.judge import Judge, judge
+from tests.memory_budget import memory_budget
 from tests.qemu_versions import INSTALLED, QemuBinaries, binaries_of
 from tests.servers import qemu_img, qemu_io, short_folder
 
@@ -68,14 +67,8 @@ def three_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def memory_budget() -> Iterator[None]:
-    """256 MiB more than the process has, and no byte beyond: the kernel refuses what a liar talks somebody into."""
-    gc.collect()  # what is freed later would widen the budget
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), before[1]))
-    try:
+@pytest.fixture(name="memory_budget")
+def within_memory_budget() -> Iterator[None]:
+    """256 MiB more than the process has, and no byte beyond."""
+    with memory_budget():
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)

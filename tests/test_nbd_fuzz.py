@@ -31,6 +31,15 @@ def test_servers_made_of_chance(part: int) -> None:
         assert any(expected in end for end in ends), f"no attack ended with {expected}"
 
 
+def test_a_long_run_says_how_far_it_is_and_how_all_of_it_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    fuzz_nbd.main(1000, seed=5)
+    progress = capsys.readouterr()
+    *endings, last = progress.out.splitlines()
+    assert last == "1,000 inputs of seed 5, 200 of them recorded sessions: nothing found"
+    assert sum(int(line.split()[0].replace(",", "")) for line in endings) == 1000
+    assert progress.err.startswith("1,000 of 1,000 inputs")
+
+
 # Recorded sessions.
 
 
