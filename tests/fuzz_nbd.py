@@ -16,20 +16,18 @@ from types import MappingProxyType
 from typing import Any
 
 from qmpnbd.extents import ExtentMap
-from qmpnbd.nbd import commands, transfer, wire
+from qmpnbd.nbd import commands, transfer
 from qmpnbd.nbd.connection import Connection
-from qmpnbd.nbd.constants import CommandFlag, Option, OptionReplyType, TransmissionFlag
+from qmpnbd.nbd.constants import CommandFlag, TransmissionFlag
 from qmpnbd.nbd.export import Export, Replies
-from qmpnbd.nbd.handshake import handshake
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.survey import Survey
-from tests import fuzz_nbd_recorded
+from tests import fuzz_nbd_handshake, fuzz_nbd_recorded
 from tests.hostile_nbd import BASE, DEPTH, To, acknowledged, honest_read, pattern, simple_read
 from tests.memory_budget import memory_budget
 from tests.nbd_line import Line, hurried, stopped
-from tests.nbd_verdict import DOCUMENTED, DOCUMENTED_OF_HANDSHAKE, MOST, ODD, FindingError, Verdict
-from tests.option_bytes import ack, feed, info, meta, option_reply
+from tests.nbd_verdict import DOCUMENTED, MOST, ODD, FindingError, Verdict
 
 SIZE = 8192
 _PART = 20_000  # inputs between two words of progress; ten seconds
@@ -223,24 +221,6 @@ def _require(truth: bool) -> None:
         raise FindingError("a result that cannot be one")
 
 
-def attack_handshake(chance: random.Random) -> str:
-    """Runs one negotiation with a server that is not to be trusted."""
-    replies = option_reply(Option.EXTENDED_HEADERS, OptionReplyType.ERR_UNSUP) + ack(Option.STRUCTURED_REPLY)
-    whole = wire.Greeting.newstyle(3).pack() + replies
-    whole += meta(4, BASE) + meta(7, DEPTH) + ack(Option.SET_META_CONTEXT)
-    whole += info(wire.InfoBlockSize(512, 4096, 1 << 25).pack()) + info(wire.InfoExport(1 << 20, 0x058F).pack())
-    whole += ack(Option.GO)
-    said = chance.randbytes(chance.randrange(80)) if chance.random() < 0.05 else mutated(chance, whole)
-    try:
-        feed(handshake("disk", (DEPTH, BASE), "here"), said)
-    except DOCUMENTED_OF_HANDSHAKE as error:
-        return type(error).__name__
-    except AssertionError as error:
-        if "left over" not in str(error):
-            raise
-    return "export"
-
-
 def run(count: int, seed: int, first: int = 0) -> dict[str, int]:
     """Makes attacks; returns how often each ended how.
 
@@ -256,7 +236,7 @@ def run(count: int, seed: int, first: int = 0) -> dict[str, int]:
             elif number % 5 == 3:
                 end = fuzz_nbd_recorded.attack(chance)
             else:
-                end = attack_handshake(chance) if number % 5 == 4 else attack(chance)
+                end = fuzz_nbd_handshake.attack(chance, mutated) if number % 5 == 4 else attack(chance)
         except Exception as error:
             raise FindingError(f"input {number} of seed {seed}: {traceback.format_exc()}") from error
         ends[end] = ends.get(end, 0) + 1

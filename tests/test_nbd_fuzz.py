@@ -13,11 +13,12 @@ from qmpnbd.nbd import transfer
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import TransmissionFlag
 from qmpnbd.nbd.export import Export
-from tests import fuzz_nbd, fuzz_nbd_recorded, nbd_recordings
+from tests import fuzz_nbd, fuzz_nbd_handshake, fuzz_nbd_recorded, nbd_recordings
 from tests.hostile_nbd import honest_read
 from tests.nbd_doors import Door, both_doors
 from tests.nbd_line import Line
 from tests.nbd_verdict import FindingError, Verdict
+from tests.option_bytes import feed
 
 within_budget = pytest.mark.usefixtures("memory_budget")
 
@@ -38,6 +39,12 @@ def test_a_long_run_says_how_far_it_is_and_how_all_of_it_ended(capsys: pytest.Ca
     assert last == "1,000 inputs of seed 5, 200 of them recorded sessions: nothing found"
     assert sum(int(line.split()[0].replace(",", "")) for line in endings) == 1000
     assert progress.err.startswith("1,000 of 1,000 inputs")
+
+
+@pytest.mark.parametrize(("talk", "said"), fuzz_nbd_handshake.TALKS)
+def test_negotiations_that_are_not_damaged_agree_on_the_export(talk: Any, said: bytes) -> None:
+    export, _ = feed(talk(), said)
+    assert (export.size, export.flags) == (fuzz_nbd_handshake.SIZE, fuzz_nbd_handshake.FLAGS)
 
 
 # Recorded sessions.

@@ -185,7 +185,7 @@ class Client:
         Args:
             offset: first byte.
             length: bytes.
-            unfragmented: have each piece of up to 1 MiB answered at once (NBD_CMD_FLAG_DF). Servers may refuse more
+            unfragmented: have each piece of up to 256 KiB answered at once (NBD_CMD_FLAG_DF). Servers may refuse more
                 than 64 KiB of it.
             deadline: how long it may take.
 
