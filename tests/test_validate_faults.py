@@ -8,18 +8,22 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qmpnbd.extents import ExtentMap
 from qmpnbd.images.files import open_chain
+from qmpnbd.nbd.client import Client
 from qmpnbd.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, Option
+from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.report.contexts import CONTENT
 from qmpnbd.report.model import ValidationReport
 from qmpnbd.report.text import validation_text
 from qmpnbd.validate.choice import Choice
-from qmpnbd.validate.target import ServedTarget
-from tests.fleets import WHOLE, judged, spoilt, wrong
+from qmpnbd.validate.target import ImageTarget, ServedTarget
+from tests.fleets import WHOLE, judged, overwritten, spoilt, wrong
 from tests.hostile_nbd import Script, To, pattern, serving
 from tests.option_bytes import ack, meta
 from tests.qemu_versions import QemuBinaries, each_qemu
@@ -103,6 +107,25 @@ def test_a_filter_that_shifts_the_depth_of_the_lower_layers(binaries: QemuBinari
     assert set(wrong(disk)) == {DEPTH}
     pairs = {(each.served, each.computed) for each in disk.discrepancies}
     assert pairs == {(3, 2), (4, 3)}
+
+
+@pytest.mark.real
+def test_only_a_daemon_of_ours_is_asked_one_thing_at_a_time(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer of a server elsewhere may have a long way."""
+    asked: list[int] = []
+    maps = Client.maps
+
+    def recorded(self: Client, *arguments: Any, limits: Limits | None, **more: Any) -> dict[str, ExtentMap]:
+        asked.append((limits or DEFAULT_LIMITS).in_flight)
+        return maps(self, *arguments, limits=limits, **more)
+
+    monkeypatch.setattr(Client, "maps", recorded)
+    image = str(copies / "top.qcow2")
+    top = blockdev(copies / "top.qcow2", "top", read_only=True)
+    with storage_daemon("--blockdev", top) as server, exported(server, "top") as uri:
+        assert judged(ServedTarget(uri, image)).verdict == "agreed"
+    assert judged(ImageTarget(image)).verdict == "agreed"
+    assert asked == [DEFAULT_LIMITS.in_flight, 1]
 
 
 def windowed(copies: Path) -> list[str]:

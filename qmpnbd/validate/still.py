@@ -135,7 +135,7 @@ class StillDisk:
         Args:
             client: of the export, with `contexts`, or with those of them that are `offered`.
             stamps: the files when they were opened.
-            offered: the contexts that the server has; None for all of them.
+            offered: the contexts that the server has; None for all of them, if it is a storage daemon of ours.
 
         Raises:
             ImageChangedError: somebody else changed a file meanwhile.
@@ -144,7 +144,8 @@ class StillDisk:
         depth = self.chain.allocation_depth()
         contexts = self.contexts()
         named = [context for context in contexts if offered is None or context in offered]
-        limits = Limits(in_flight=1) if len(self.chain.layers) > 1 else None
+        # A daemon of ours is near, and its layers get into each other's way; of a server elsewhere nothing is known.
+        limits = Limits(in_flight=1) if offered is None and len(self.chain.layers) > 1 else None
         served = client.maps(contexts=named, deadline=self.terms.deadline, limits=limits) if named else {}
         size = client.export.size
         maps, content = [], None
