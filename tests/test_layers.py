@@ -154,6 +154,12 @@ def test_a_start_is_light(arguments: tuple[str, ...]) -> None:
     assert not loaded_by(*arguments) & {"numpy", "pydantic", "qemu.qmp", "asyncio", "rich"}
 
 
+def test_what_is_no_map_needs_no_numpy() -> None:
+    loaded = loaded_by("info", "nbd+unix:///?socket=/nonexistent")
+    assert "qmpnbd.nbd.client" in loaded
+    assert not loaded & {"numpy", "qemu.qmp", "asyncio"}
+
+
 def test_a_map_needs_no_monitor() -> None:
     loaded = loaded_by("map", "nbd+unix:///?socket=/nonexistent")
     assert "qmpnbd.nbd.client" in loaded

@@ -83,7 +83,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from qmpnbd.report import nbdinfo_server
-    from qmpnbd.report.jsontext import document_json
 
     document = _document(arguments)
     if arguments.can is not None:
@@ -92,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.size:
         output.write([f"{document.exports[0].size}\n"])
     elif arguments.json:
+        from qmpnbd.report.jsontext import document_json  # numpy comes with it
+
         output.write([document_json(document)])
     elif arguments.nbdinfo:
         output.write([nbdinfo_server.info_json(document)])

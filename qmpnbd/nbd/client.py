@@ -20,11 +20,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import NbdConnectError, NbdDisconnectedError
-from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd import commands, transfer
 from qmpnbd.nbd.connection import Connection, State
 from qmpnbd.nbd.export import Export, Replies
@@ -36,9 +35,12 @@ from qmpnbd.nbd.reconnect import Losses, Reconnect, Statistics, require_same
 from qmpnbd.nbd.requests import Job
 from qmpnbd.nbd.runner import Runner
 from qmpnbd.nbd.sockets import Stream, drive, open_stream
-from qmpnbd.nbd.survey import Survey
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.uri import NbdUri
+
+if TYPE_CHECKING:
+    from qmpnbd.extents import ExtentMap
+    from qmpnbd.nbd.survey import Survey
 
 CLOSE_PATIENCE: Final = 1.0
 """Seconds to wait for room in the socket to take leave in. Nobody answers it, so it is not worth more."""
@@ -404,6 +406,8 @@ class Client:
         self.close()
 
     def _survey(self, offset: int, length: int | None, contexts: Collection[str] | None, limits: Limits) -> Survey:
+        from qmpnbd.nbd.survey import Survey  # noqa: PLC0415 - numpy loads longer than many a read takes
+
         return Survey(self.export, self.where, offset, length, contexts=contexts, limits=limits, lenient=self._lenient)
 
     def _run(self, begin: Callable[[Connection], Job[_T]], deadline: Deadline | None) -> _T:
