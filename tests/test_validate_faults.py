@@ -23,7 +23,7 @@ from qmpnbd.report.model import ValidationReport
 from qmpnbd.report.text import validation_text
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.target import ImageTarget, ServedTarget
-from tests.fleets import WHOLE, judged, overwritten, spoilt, wrong
+from tests.fleets import WHOLE, judged, spoilt, wrong
 from tests.hostile_nbd import Script, To, pattern, serving
 from tests.option_bytes import ack, meta
 from tests.qemu_versions import QemuBinaries, each_qemu
