@@ -60,6 +60,7 @@ MISTAKES = {
     "a wrong list": (WHOLE.replace('["depth"]', '["depth", "width"]'), 1, "compare[2]"),
     "an empty name": (WHOLE.replace('"more"', '""'), 22, "folder[1].path"),
     "a table that should be a list": (WHOLE.replace("[[image]]", "[image]"), 17, "image"),
+    "a misspelt field": (WHOLE.replace("uri =", "url ="), 14, "export[1].url: there is no such field (and 1 more)"),
     "two mistakes": (WHOLE.replace("seed = 7", "seed = -1").replace("uri", "url"), 3, "seed"),
 }
 

@@ -145,7 +145,8 @@ def _targets(document: _Document, beside: Path) -> Iterator[Target]:
 
 
 def _mistake(path: str, text: str, error: ValidationError) -> UsageError:
-    first, *others = error.errors()
+    # A field that nobody knows comes before the one that is missing, most likely for its sake.
+    first, *others = sorted(error.errors(), key=lambda each: each["type"] == "missing")
     place = first["loc"]
     field = ".".join(f"[{part + 1}]" if isinstance(part, int) else part for part in place).replace(".[", "[")
     more = f" (and {len(others)} more)" if others else ""
