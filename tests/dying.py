@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from qmpnbd.backup.instant import DepthReader
 from qmpnbd.deadline import Deadline
+from qmpnbd.export.depth import DepthReader
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.checkpoint_at import NextCheckpoint, checkpoint_at
 from qmpnbd.qmp.monitor import Monitor
@@ -72,9 +72,11 @@ class Counting(Monitor):
 async def hold_and_leave(monitor: Monitor, disks: list[str], recipe: Recipe, folder: Path) -> None:
     """Takes a point in time, reads the depth, has the disks written to, and takes it down."""
     with RunDirectory.create(str(folder), for_peer=monitor.peer) as directory:
-        reader = DepthReader(NbdUri.unix(str(directory.socket_path), ""), Deadline(20))
-        wishes = wishes_for(recipe, folder)
-        async with point_in_time(monitor, disks, directory, Deadline(20), wishes=wishes, before=reader.before) as point:
+        wishes, soon = wishes_for(recipe, folder), Deadline(20)
+        async with (
+            DepthReader(NbdUri.unix(str(directory.socket_path), ""), soon) as reader,
+            point_in_time(monitor, disks, directory, soon, wishes=wishes, before=reader.before) as point,
+        ):
             for number, offer in enumerate(point.offers):
                 await reader.at_instant(offer)
                 # As the guest would: now there is something in the overlay to be lost.

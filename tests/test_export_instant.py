@@ -97,6 +97,9 @@ def test_a_dry_run_prints_the_commands_and_sends_none(binaries: QemuBinaries, di
         (["--point-in-time", "--writable"], "writable"),
         (["--checkpoint", "nightly"], "--checkpoint"),
         (["--point-in-time", "--keep"], "--keep"),
+        (["--allocation-depth", "/tmp"], "--allocation-depth"),
+        (["--point-in-time", "--allocation-depth", "/tmp", "--tls", "/x"], "--allocation-depth"),
+        (["--tls-certificates", "/x"], "--tls-certificates"),
     ],
 )
 def test_options_that_do_not_go_together(options: list[str], named: str) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qmpnbd.backup.instant import DepthReader
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import InterferenceError, NoSuchDiskError, UnsafeOperationError
+from qmpnbd.export.depth import DepthReader
 from qmpnbd.images.files import open_chain
 from qmpnbd.nbd.aio import Client
 from qmpnbd.nbd.client import Client as BlockingClient
@@ -62,14 +62,16 @@ async def hold(
     async with await Monitor.connect(str(running.server.qmp), SOON) as monitor:
         with RunDirectory.create(str(running.folder), for_peer=monitor.peer) as directory:
             server = NbdUri.unix(str(directory.socket_path), "")
-            reader = DepthReader(server, SOON)
+            async with DepthReader(server, SOON) as reader:
 
-            async def before(offers: Sequence[Offer]) -> None:
-                await reader.before(offers)
-                just_before()
+                async def before(offers: Sequence[Offer]) -> None:
+                    await reader.before(offers)
+                    just_before()
 
-            async with point_in_time(monitor, running.disks, directory, SOON, wishes=wishes, before=before) as point:
-                await body(point, server, reader)
+                async with point_in_time(
+                    monitor, running.disks, directory, SOON, wishes=wishes, before=before
+                ) as point:
+                    await body(point, server, reader)
 
 
 @each_qemu
@@ -187,11 +189,13 @@ def test_a_storage_daemon_with_a_server_of_its_own(binaries: QemuBinaries, folde
                 await Client.connect(replace(place, export="disk0")) as guest,
             ):
                 with RunDirectory.create(str(folder), for_peer=monitor.peer) as directory:
-                    reader = DepthReader(place, SOON)
                     wishes = Wishes(start_server=False)
-                    async with point_in_time(
-                        monitor, ["disk0"], directory, SOON, wishes=wishes, before=reader.before
-                    ) as point:
+                    async with (
+                        DepthReader(place, SOON) as reader,
+                        point_in_time(
+                            monitor, ["disk0"], directory, SOON, wishes=wishes, before=reader.before
+                        ) as point,
+                    ):
                         await guest.write(0, bytes([9]) * SIZE)
                         (offer,) = point.offers
                         content, depth = await content_of(place, offer), await reader.at_instant(offer)

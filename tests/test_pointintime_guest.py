@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from qmpnbd.backup.instant import DIRTY, DepthReader
 from qmpnbd.deadline import Deadline
+from qmpnbd.export import blocking
+from qmpnbd.export.depth import DIRTY, DepthReader
+from qmpnbd.export.options import Options
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.files import open_chain
 from qmpnbd.nbd.aio import Client
@@ -75,7 +77,7 @@ def records_in(content: bytes) -> dict[int, int]:
 
 @contextlib.contextmanager
 def writing_guest(
-    binaries: QemuBinaries, folder: Path, werror: str = "enospc", *more: str
+    binaries: QemuBinaries, folder: Path, werror: str = "enospc", *more: str, device: str = ""
 ) -> Iterator[tuple[Server, list[ExtentMap]]]:
     """Boots the guest; yields it with the depth that its disks had before."""
     devices, before = [], []
@@ -91,7 +93,7 @@ def writing_guest(
         with open_chain(str(top), format="qcow2") as chain:
             before.append(chain.allocation_depth())
         devices += ["-blockdev", blockdev(top, f"disk{number}")]
-        devices += ["-device", f"virtio-blk-pci,id=vd{number},drive=disk{number},werror={werror}"]
+        devices += ["-device", f"virtio-blk-pci,id=vd{number},drive=disk{number},werror={werror}{device}"]
     linux = guest.build(PACKAGES, ROOT / ".work/guest")
     serial = folder / "serial"
     words = f"{linux.append} qmpnbd.places=1048576 qmpnbd.write=pairs"
@@ -127,8 +129,10 @@ async def take(server: Server, folder: Path, recipe: Recipe, actions: Sequence[s
     async with await Monitor.connect(str(server.qmp), SOON) as monitor:
         with RunDirectory.create(str(folder), for_peer=monitor.peer) as directory:
             place = NbdUri.unix(str(directory.socket_path), "")
-            reader = DepthReader(place, SOON)
-            async with point_in_time(monitor, DISKS, directory, SOON, wishes=wishes, before=reader.before) as point:
+            async with (
+                DepthReader(place, SOON) as reader,
+                point_in_time(monitor, DISKS, directory, SOON, wishes=wishes, before=reader.before) as point,
+            ):
                 await asyncio.to_thread(go_on, server)
                 found = []
                 for offer in point.offers:
@@ -174,3 +178,22 @@ def test_every_point_in_time_lies_between_two_halves_of_a_pair(
     for old, new in zip(first.disks, second.disks, strict=True):
         since = [new.records[number] for number in new.records if number > max(old.records)]
         assert new.dirty == marked(since)
+
+
+@each_qemu
+def test_a_guest_in_an_iothread_is_not_harmed_by_reading_its_depth(binaries: QemuBinaries, folder: Path) -> None:
+    """QEMU 7.2 aborts if a client leaves such a disk before its export is gone: none of ours does."""
+    more = ("-object", "iothread,id=io")
+    wishes = wishes_for(Recipe.COPY_BEFORE_WRITE, folder)  # before 8.0 that is a backup
+    with writing_guest(binaries, folder, "enospc", *more, device=",iothread=io") as (server, before):
+        go_on(server)
+        with blocking.exporting(str(server.qmp), DISKS, Options(instant=wishes, allow=["iothread"])) as session:
+            go_on(server)
+            depths = [session.allocation_depth(export, SOON).depth for export in session.exports]
+            go_on(server)
+        go_on(server)
+        assert server.side("query-status")["status"] == "running"
+    for depth, earlier in zip(depths, before, strict=True):
+        more_than_before = depth.combine(earlier, lambda now, then: (now != then) & (now != 1))
+        assert more_than_before.totals() == {0: SIZE}, "the guest's writes are in the active layer"
+        assert depth != earlier

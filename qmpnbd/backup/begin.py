@@ -164,6 +164,7 @@ async def begin(
         seconds=choice.seconds,
         instant=replace(choice.instant, depth=choice.wish.shallow),
         checkpoint=checkpoint,
+        composed_depth=False,  # the overlay's tells enough of the active layer (`DiskTask.content`)
         agent=choice.agent,
         journal=choice.journal,
     )

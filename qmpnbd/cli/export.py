@@ -75,6 +75,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "QMPNBD_URI_DISK hold the URIs, QMPNBD_EXPORTS the document of --json",
     )
     options.add_json(parser, "qmpnbd.export/1")
+    options.add_tls(parser)
     parser.set_defaults(run=run)
 
 
@@ -108,6 +109,12 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         "--agent",
         metavar="ADDRESS",
         help="the guest agent's socket: the guest's filesystems are frozen for the instant, if they can be",
+    )
+    instant.add_argument(
+        "--allocation-depth",
+        metavar="DIR",
+        help="write the allocation depth that each disk's own chain had at the instant to DIR/DISK.json, before the "
+        "URIs are told; with --tls, --tls-certificates lets us in to read it",
     )
     _add_checkpoint(parser)
     instant.add_argument("--dry-run", action="store_true", help="print its QMP commands, send none")
@@ -162,7 +169,7 @@ def _what(arguments: argparse.Namespace) -> MonitorAddress | Image:
 
 
 def _options(arguments: argparse.Namespace) -> Options:
-    from qmpnbd.export.session import Options
+    from qmpnbd.export.options import SETUP_SECONDS, Options
     from qmpnbd.qmp.credentials import ServerTls
     from qmpnbd.qmp.exports import ExportOptions
 
@@ -176,7 +183,15 @@ def _options(arguments: argparse.Namespace) -> Options:
         tls = ServerTls(arguments.tls or arguments.tls_psk, kind, tuple(arguments.tls_authz))
     elif arguments.tls_authz:
         raise UsageError("names of certificates, and no TLS", where="--tls-authz", remedy="Give --tls DIR.")
-    instant = _instant(arguments)
+    instant, client_tls = _instant(arguments), options.tls(arguments)
+    if client_tls is not None and arguments.allocation_depth is None:
+        raise UsageError("nothing is read here", where="--tls-certificates", remedy="Leave the client's TLS out.")
+    if tls is not None and client_tls is None and arguments.allocation_depth is not None:
+        raise UsageError(
+            "with TLS, nothing says how to be let in to read the allocation depth",
+            where="--allocation-depth",
+            remedy="Give --tls-certificates DIR with --tls; shared secrets are of no use here.",
+        )
     return Options(
         listen=_listen(arguments.listen) if arguments.listen else None,
         tls=tls,
@@ -192,7 +207,10 @@ def _options(arguments: argparse.Namespace) -> Options:
             allocation_depth=instant is None or instant.exact_chain,
         ),
         instant=instant,
+        seconds=SETUP_SECONDS if arguments.allocation_depth is None else options.LONG_SECONDS,
         checkpoint=_checkpoint(arguments),
+        composed_depth=arguments.allocation_depth is not None,
+        client_tls=client_tls,
         agent=arguments.agent,
         journal=options.agent_journal(),
     )
@@ -210,13 +228,13 @@ def _checkpoint(arguments: argparse.Namespace) -> NextCheckpoint | None:
 
 
 def _instant(arguments: argparse.Namespace) -> Wishes | None:
-    wishes = options.instant(arguments, "agent", "checkpoint", "dry_run")
+    wishes = options.instant(arguments, "agent", "allocation_depth", "checkpoint", "dry_run")
     if wishes is None:
         return None
     for option in ("image", "description", "iothread", "writable"):
         if getattr(arguments, option):
             raise UsageError("not with --point-in-time", where=option, remedy="Leave one of the two out.")
-    return replace(wishes, depth=arguments.exact_chain)
+    return replace(wishes, depth=arguments.exact_chain or arguments.allocation_depth is not None)
 
 
 def _listen(text: str) -> TcpAddress:
@@ -231,24 +249,31 @@ def _listen(text: str) -> TcpAddress:
 
 async def _run(arguments: argparse.Namespace, what: MonitorAddress | str | Image, choice: Options) -> int:
     from qmpnbd.cli.deciding import decided, left_to_others
+    from qmpnbd.cli.depthfiles import DepthFiles
     from qmpnbd.cli.holding import until_command_ends, until_told
+    from qmpnbd.deadline import Deadline
     from qmpnbd.export.session import exporting
     from qmpnbd.report.exports import environment, export_document, export_text
     from qmpnbd.report.jsontext import document_json
 
-    async with exporting(what, arguments.disk, choice) as session:
-        document = export_document(what, session, depth=choice.export.allocation_depth, writable=choice.export.writable)
-        text = document_json(document)
-        if arguments.exec:
-            code = await until_command_ends(session, arguments.exec, environment(document, text), arguments.timeout)
-            moved = await _moved(session, document)
-            await decided(session, code)
-        else:
-            output.write([text if arguments.json else export_text(document)])
-            async with left_to_others(session):
-                await until_told(session, arguments.timeout)
+    with DepthFiles(arguments.allocation_depth) as files:
+        async with exporting(what, arguments.disk, choice) as session:
+            depths = await files.write(session, Deadline(options.LONG_SECONDS))
+            offered = choice.export
+            document = export_document(
+                what, session, depth=offered.allocation_depth, writable=offered.writable, depth_files=depths
+            )
+            text = document_json(document)
+            if arguments.exec:
+                code = await until_command_ends(session, arguments.exec, environment(document, text), arguments.timeout)
                 moved = await _moved(session, document)
-            code = 0
+                await decided(session, code)
+            else:
+                output.write([text if arguments.json else export_text(document)])
+                async with left_to_others(session):
+                    await until_told(session, arguments.timeout)
+                    moved = await _moved(session, document)
+                code = 0
     output.tell(*moved, *session.take_down.left)
     return LeftBehindError.exit_code if session.take_down.left else code
 

@@ -17,6 +17,7 @@ from qmpnbd.export.session import Export, Image, Options, Session, SourceMaker, 
 from qmpnbd.export.session import exporting as _exporting
 from qmpnbd.qmp.address import MonitorAddress
 from qmpnbd.qmp.checkpoint_at import BegunCheckpoint
+from qmpnbd.qmp.depth_at import InstantDepth
 from qmpnbd.qmp.pointintime import Statement
 
 T = TypeVar("T")
@@ -93,6 +94,10 @@ class BlockingSession:
     def checkpoint(self) -> BegunCheckpoint | None:
         """The checkpoint that began at the instant; None if none did."""
         return self.session.checkpoint
+
+    def allocation_depth(self, export: Export, deadline: Deadline) -> InstantDepth:
+        """Does what `Session.allocation_depth` does."""
+        return self._thread.run(self.session.allocation_depth(export, deadline))
 
     def release(self) -> None:
         """Does what `Session.release` does."""

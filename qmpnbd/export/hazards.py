@@ -24,9 +24,13 @@ async def require_no_hazard(
         DeadlineError: no reply in time.
     """
     depth = options.export.allocation_depth if options.instant is None else options.instant.depth
+    allowed = {*options.allow, *([IOTHREAD.name] if options.allow_iothread else [])}
     for disk in disks:
-        if not options.allow_iothread and IOTHREAD.name not in options.allow:
+        if options.export.iothread and options.instant is None:
+            found = "its export is to run in an iothread, wherever its device does"
+            IOTHREAD.refuse(monitor.version, found, where=f"disk {disk.name}", allowed=allowed)
+        if IOTHREAD.name not in allowed:
             await require_no_iothread_bug(monitor, disk.node_name, inventory, deadline)
         if depth and any(node.driver == "raw" for node in below(inventory.graph, disk.node_name).values()):
             found = "an export offers both base:allocation and qemu:allocation-depth of a raw file"
-            ALLOCATION_AFTER_DEPTH.refuse(monitor.version, found, where=f"disk {disk.name}", allowed=options.allow)
+            ALLOCATION_AFTER_DEPTH.refuse(monitor.version, found, where=f"disk {disk.name}", allowed=allowed)

@@ -8,12 +8,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from qmpnbd.deadline import Deadline
+from qmpnbd.export.depth import DepthReader
 from qmpnbd.qmp.address import MonitorAddress
 from qmpnbd.qmp.agent_journal import AgentJournal
 from qmpnbd.qmp.checkpoint_at import BegunCheckpoint, NextCheckpoint, checkpoint_at
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.planning import Wishes
-from qmpnbd.qmp.pointintime import PointInTime, point_in_time
+from qmpnbd.qmp.pointintime import Before, PointInTime, point_in_time
 from qmpnbd.qmp.quiesce import at_rest, thaw_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
 
@@ -26,16 +27,25 @@ class HeldInstant:
     Args:
         point: what is held.
         checkpoint: what began at that instant; None if nothing did.
+        depths: tells the allocation depths of the instant; None if they cannot be told.
         holding: its end takes the point in time down.
 
     Attributes:
         point: see above.
         checkpoint: see above.
+        depths: see above.
     """
 
-    def __init__(self, point: PointInTime, checkpoint: BegunCheckpoint | None, holding: AsyncExitStack) -> None:
+    def __init__(
+        self,
+        point: PointInTime,
+        checkpoint: BegunCheckpoint | None,
+        depths: DepthReader | None,
+        holding: AsyncExitStack,
+    ) -> None:
         self.point = point
         self.checkpoint = checkpoint
+        self.depths = depths
         self._holding = holding
 
     async def release(self) -> None:
@@ -56,6 +66,7 @@ async def held_instant(
     *,
     wishes: Wishes,
     checkpoint: NextCheckpoint | None = None,
+    depths: DepthReader | None = None,
     agent: MonitorAddress | str | None = None,
     journal: str = "",
 ) -> AsyncIterator[HeldInstant]:
@@ -68,6 +79,8 @@ async def held_instant(
         deadline: for getting there.
         wishes: how.
         checkpoint: what to begin at the instant; merged back at the end unless it is decided about.
+        depths: reads before the instant what the allocation depths are composed of, and is closed at the end; None for
+            no need of them.
         agent: the guest agent's socket, to have the guest's filesystems at rest; None to go without.
         journal: folder in which it is written down that the guest may be frozen; with `agent`.
 
@@ -85,10 +98,10 @@ async def held_instant(
         quiesce = at_rest(agent, notes, deadline, required=False)
     async with AsyncExitStack() as stack:
         begun = None
-        before = None
+        before: Before | None = None if depths is None else (await stack.enter_async_context(depths)).before
         if checkpoint is not None:
             begun = await stack.enter_async_context(checkpoint_at(monitor, disks, directory, checkpoint, deadline))
-            wishes, before = begun.wishes(wishes), begun.before(deadline)
+            wishes, before = begun.wishes(wishes), begun.before(deadline, before)
         holding = await stack.enter_async_context(AsyncExitStack())
         taking = point_in_time(monitor, disks, directory, deadline, wishes=wishes, before=before, quiesce=quiesce)
-        yield HeldInstant(await holding.enter_async_context(taking), begun, holding)
+        yield HeldInstant(await holding.enter_async_context(taking), begun, depths, holding)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from qmpnbd.nbd.tls import Tls
 from qmpnbd.qmp.address import MonitorAddress, TcpAddress
 from qmpnbd.qmp.checkpoint_at import NextCheckpoint
 from qmpnbd.qmp.credentials import ServerTls
@@ -44,6 +45,9 @@ class Options:
         seconds: time until everything is up; None for no bound. Taking down has its own time.
         instant: export the disks as they are at one instant, taken like this; None for the disks as they go on.
         checkpoint: begin this checkpoint at that instant, and offer what was recorded until then; with `instant`.
+        composed_depth: read before that instant what `Session.allocation_depth` composes; with an `instant` that has a
+            depth. Nothing is read, and nothing can be composed, if this is False.
+        client_tls: how our own client, which reads that, is let in where the server wants TLS.
         agent: the guest agent's socket, to have the guest's filesystems at rest at that instant; None to go without.
         journal: folder in which it is written down that the guest may be frozen; with `agent`.
     """
@@ -59,5 +63,12 @@ class Options:
     seconds: float | None = SETUP_SECONDS
     instant: Wishes | None = None
     checkpoint: NextCheckpoint | None = None
+    composed_depth: bool = True
+    client_tls: Tls | None = None
     agent: MonitorAddress | str | None = None
     journal: str = ""
+
+    @property
+    def composes_depth(self) -> bool:
+        """Whether the allocation depths of an instant can be told."""
+        return self.composed_depth and self.instant is not None and self.instant.depth

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -24,16 +24,18 @@ from typing import Literal
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import UsageError
 from qmpnbd.export.addresses import server_uri, shared_server
+from qmpnbd.export.depth import DepthReader
 from qmpnbd.export.hazards import require_no_hazard
 from qmpnbd.export.instant import HeldInstant, held_instant
 from qmpnbd.export.options import Image, Options
+from qmpnbd.export.sources import Scene, Source, SourceMaker, Sources, live_disks
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.address import MonitorAddress
 from qmpnbd.qmp.checkpoint_at import BegunCheckpoint
+from qmpnbd.qmp.depth_at import InstantDepth
 from qmpnbd.qmp.disks import Disk, chosen_disks
-from qmpnbd.qmp.exports import ExportOptions, NodeBitmap, add_export, exported_node, remove_export
+from qmpnbd.qmp.exports import ExportOptions, add_export, exported_node, remove_export
 from qmpnbd.qmp.inventory import (
-    Inventory,
     guest_status,
     read_inventory,
     require_safe_moment,
@@ -62,68 +64,6 @@ __all__ = [
     "exporting",
     "live_disks",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A node to export for a disk.
-
-    Attributes:
-        disk: the disk.
-        node_name: the node.
-        bitmaps: dirty bitmaps to offer besides those of `Options.export`.
-    """
-
-    disk: Disk
-    node_name: str
-    bitmaps: tuple[str | NodeBitmap, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """What is exported together.
-
-    Attributes:
-        nodes: the sources.
-        consistent: whether all of them show one instant that stays readable.
-    """
-
-    nodes: tuple[Source, ...]
-    consistent: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What a function that makes sources may use.
-
-    Attributes:
-        monitor: the QEMU.
-        guest: the guest's status.
-        run: the run id, for names.
-        inventory: its disks.
-        disks: the chosen ones.
-        take_down: takes down what it makes.
-        deadline: for making it.
-    """
-
-    monitor: Monitor
-    guest: str
-    run: str
-    inventory: Inventory
-    disks: tuple[Disk, ...]
-    take_down: TakeDown
-    deadline: Deadline
-
-
-SourceMaker = Callable[[Scene], AbstractAsyncContextManager[Sources]]
-
-
-@asynccontextmanager
-async def live_disks(scene: Scene) -> AsyncIterator[Sources]:
-    """Yields the nodes that the disks stand on: they show one instant only while nothing writes to them."""
-    nodes = scene.inventory.graph.nodes
-    still = all(disk.node_name in nodes and nodes[disk.node_name].read_only for disk in scene.disks)
-    yield Sources(tuple(Source(disk, disk.node_name) for disk in scene.disks), consistent=still)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +116,27 @@ class Session:
     def checkpoint(self) -> BegunCheckpoint | None:
         """The checkpoint that began at the instant; None if none did. Merged back at the end unless decided about."""
         return self.held.checkpoint if self.held is not None else None
+
+    async def allocation_depth(self, export: Export, deadline: Deadline) -> InstantDepth:
+        """Returns the allocation depth that a disk's own chain had at the instant, byte by byte.
+
+        Depths count from the disk's active layer, although the export may stand on a scratch image above it. Like all
+        that is read of a point in time, it holds once `release` has returned.
+
+        Raises:
+            UsageError: no instant with a depth is held, or not this export's.
+            NbdError: it cannot be read: the point in time may have been given up.
+            DeadlineError: the time is over.
+        """
+        if self.held is None or self.held.depths is None or export not in self.exports:
+            raise UsageError(
+                "the allocation depth of an instant is to be told, and none is held that has one",
+                where=f"export {export.id}",
+                remedy="Set Options.instant, with depth, and composed_depth; ask before release(). Of disks that go on "
+                "moving, read qemu:allocation-depth.",
+            )
+        (offer,) = (each for each in self.held.point.offers if each.export == export.id)
+        return await self.held.depths.at_instant(offer, deadline)
 
     async def release(self) -> None:
         """Ends the point in time: once this returns, what was read of it holds, and a backup may be made durable.
@@ -289,6 +250,12 @@ async def exporting(
     choice = options or Options()
     if choice.checkpoint is not None and choice.instant is None:
         raise UsageError("a checkpoint needs a point in time", where="checkpoint", remedy="Set Options.instant, too.")
+    if choice.tls is not None and choice.client_tls is None and choice.composes_depth:
+        raise UsageError(
+            "the allocation depth of the instant is to be read, and nothing says how to be let in",
+            where="TLS",
+            remedy="Set Options.client_tls, or do without the depth: Wishes(depth=False).",
+        )
     deadline = Deadline(choice.seconds)
     take_down: TakeDown | None = None
     try:
@@ -338,6 +305,7 @@ async def _at_instant(
         allow_iothread=choice.allow_iothread,
         allow=frozenset(choice.allow),
     )
+    depths = DepthReader(server, scene.deadline, choice.client_tls) if choice.composes_depth else None
     holding = held_instant(
         monitor,
         [disk.name for disk in disks],
@@ -345,6 +313,7 @@ async def _at_instant(
         scene.deadline,
         wishes=wishes,
         checkpoint=choice.checkpoint,
+        depths=depths,
         agent=choice.agent,
         journal=choice.journal,
     )

@@ -188,6 +188,15 @@ class Negotiation:
         where, limits = where_of(self.uri, export), self._haggling.limits
         return Client.agreed(self._stream, chosen, where, limits, request_seconds=request_seconds, lenient=lenient)
 
+    def duplicate(self) -> int:
+        """Returns a descriptor of the connection, for the caller to close: until then the server sees no end of it.
+
+        A connection is closed when the server breaks the protocol or the time is over, here and by the client that `go`
+        returns, which is too soon for a server that must let go of something first. Nothing may be sent or received
+        with it.
+        """
+        return self._stream.duplicate()
+
     async def abort(self) -> None:
         """Takes leave and closes, unless an export was chosen; never fails, and may be called again."""
         if self._busy:

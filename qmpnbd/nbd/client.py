@@ -382,14 +382,6 @@ class Client:
         survey = self._survey(offset, length, contexts, self._limits)
         return self._run(lambda connection: survey.once(connection, one=one), deadline)
 
-    def duplicate(self) -> int:
-        """Returns a descriptor of the connection, for the caller to close: until then the server sees no end of it.
-
-        A client closes its connection when the server breaks the protocol, which is too soon for a server that must let
-        go of something first. Nothing may be sent or received with it.
-        """
-        return self._runner.stream.duplicate()
-
     def close(self) -> None:
         """Takes leave and closes; never fails, and may be called again ("Terminating the transmission phase").
 

@@ -224,11 +224,17 @@ class _Recipe(ABC):
             node = self.name(Role.SCRATCH_FILE, number)
             yield Step(command("block-set-write-threshold", node_name=node, write_threshold=self.around.threshold))
 
-    def export(self, name: str, node_name: str, bitmaps: Sequence[object] = ()) -> Step:
-        """Exports a node."""
+    def export(self, name: str, node_name: str, bitmaps: Sequence[object] = (), *, depth: bool) -> Step:
+        """Exports a node.
+
+        Args:
+            name: the export's.
+            node_name: the node.
+            bitmaps: to be offered.
+            depth: whether to offer the allocation depth. Through a scratch image it is not the disk's, so that only who
+                composes the two gets it, from an export of its own.
+        """
         more = {"bitmaps": list(bitmaps)} if bitmaps else {}
-        # A scratch image's depths are not the disk's: offered only to who composes the two.
-        depth = self.around.depth or self.depth_is_exact
         added = command(
             "block-export-add", type="nbd", id=name, name=name, node_name=node_name, allocation_depth=depth, **more
         )
@@ -247,6 +253,12 @@ class _Recipe(ABC):
         if actions:
             yield Step(command("transaction", actions=actions), tuple(undo))
 
+    def _depth_export(self, number: int) -> Iterator[Step]:
+        """Exports the scratch image for whoever composes the depth of the instant."""
+        if self.watched:
+            node = self.name(Role.SCRATCH, number)
+            yield self.export(self.depth_export_name(number), node, self.touch(number), depth=True)
+
     def touch(self, number: int) -> list[str]:
         """Returns the name of the bitmap that records until the instant, if one does."""
         return [self.name(Role.TOUCH, number)] if self.watched else []
@@ -263,7 +275,7 @@ class _Recipe(ABC):
             "block-dirty-bitmap-add", node=disk.node_name, name=touch, granularity=disk.unit, persistent=False
         )
         yield Step(added, (RemoveBitmap(disk.node_name, touch),))
-        yield self.export(self._before_export_name(number), disk.node_name)
+        yield self.export(self._before_export_name(number), disk.node_name, depth=True)
 
     def _unwatch(self) -> Iterator[Step]:
         """Ends the exports that the depth was read from: they would follow the graph, and hold the nodes."""
@@ -309,12 +321,9 @@ class _Backup(_Recipe):
             data["compress"] = True
         return {"type": "blockdev-backup", "data": data}
 
-    def depth_export_name(self, number: int) -> str:
-        return self.export_name(number)
-
     def exports(self, number: int, disk: PlannedDisk) -> Iterator[Step]:
-        bitmaps = [*disk.bitmaps, *self.touch(number)]
-        yield self.export(self.export_name(number), self.name(Role.SCRATCH, number), bitmaps)
+        yield self.export(self.export_name(number), self.name(Role.SCRATCH, number), disk.bitmaps, depth=False)
+        yield from self._depth_export(number)
 
 
 class _CopyBeforeWrite(_Recipe):
@@ -356,9 +365,8 @@ class _CopyBeforeWrite(_Recipe):
         yield Step(added, (DeleteNode(access),))
         # snapshot-access is no filter, so QEMU does not look below it for bitmaps: their node is named.
         bitmaps = [{"node": disk.node_name, "name": name} for name in disk.bitmaps]
-        yield self.export(self.export_name(number), access, bitmaps)
-        if self.watched:
-            yield self.export(self.depth_export_name(number), self.name(Role.SCRATCH, number), self.touch(number))
+        yield self.export(self.export_name(number), access, bitmaps, depth=False)
+        yield from self._depth_export(number)
 
 
 class _Snapshot(_Recipe):
@@ -383,4 +391,4 @@ class _Snapshot(_Recipe):
         return self.export_name(number)
 
     def exports(self, number: int, disk: PlannedDisk) -> Iterator[Step]:
-        yield self.export(self.export_name(number), disk.node_name, disk.bitmaps)
+        yield self.export(self.export_name(number), disk.node_name, disk.bitmaps, depth=True)

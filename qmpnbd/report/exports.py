@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from qmpnbd.export.session import Export, Image, Session
 from qmpnbd.printable import printable as shown
@@ -29,7 +29,12 @@ def variable(disk: str) -> str:
 
 
 def export_document(
-    what: MonitorAddress | str | Image, session: Session, *, depth: bool, writable: bool
+    what: MonitorAddress | str | Image,
+    session: Session,
+    *,
+    depth: bool,
+    writable: bool,
+    depth_files: Mapping[str, str] | None = None,
 ) -> ExportDocument:
     """Describes exports that are up.
 
@@ -38,7 +43,9 @@ def export_document(
         session: the exports.
         depth: whether they offer the allocation depth.
         writable: whether clients may write.
+        depth_files: export id -> file with the allocation depth of the instant.
     """
+    files = depth_files or {}
     contexts = (BASE_ALLOCATION, *((ALLOCATION_DEPTH,) if depth else ()))
     return ExportDocument(
         monitor=None if isinstance(what, Image) else session.monitor.where,
@@ -46,7 +53,7 @@ def export_document(
         qemu=str(session.monitor.version),
         guest=session.guest,
         consistent=session.consistent,
-        exports=tuple(_entry(each, contexts, writable=writable) for each in session.exports),
+        exports=tuple(_entry(each, contexts, files.get(each.id), writable=writable) for each in session.exports),
         instant=None if session.statement is None else instant_entry(session.statement),
         checkpoint=None if session.checkpoint is None else _checkpoint(session.checkpoint),
     )
@@ -72,7 +79,7 @@ def _checkpoint(begun: BegunCheckpoint) -> BegunCheckpointEntry:
     )
 
 
-def _entry(export: Export, contexts: Iterable[str], *, writable: bool) -> DiskExportEntry:
+def _entry(export: Export, contexts: Iterable[str], depth_file: str | None, *, writable: bool) -> DiskExportEntry:
     return DiskExportEntry(
         disk=export.disk.name,
         qom_path=export.disk.qom_path,
@@ -82,6 +89,7 @@ def _entry(export: Export, contexts: Iterable[str], *, writable: bool) -> DiskEx
         size=export.size,
         read_only=not writable,
         contexts=(*contexts, *(DIRTY_BITMAP + name for name in export.bitmaps)),
+        allocation_depth=depth_file,
         variable=variable(export.disk.name),
     )
 
@@ -119,6 +127,8 @@ def export_text(document: ExportDocument) -> str:
         access = "read-only" if each.read_only else "WRITABLE"
         lines += ["", shown(f"disk {each.disk} (node {each.node_name}): {human_size(each.size)}, {access}")]
         lines += [f"  {each.uri}", *(f"  {shown(context)}" for context in each.contexts)]
+        if each.allocation_depth is not None:
+            lines.append(shown(f"  allocation depth at that instant: {each.allocation_depth}"))
     return "\n".join(lines) + "\n"
 
 

@@ -25,6 +25,7 @@ from typing import TypeVar
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ImageCorruptError, ImageTruncatedError, ImageUnsupportedError
+from qmpnbd.export.lasting import LastingClients
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.chain import LayerSpec
 from qmpnbd.images.files import open_layers
@@ -165,9 +166,9 @@ class InstantDisk:
             DeadlineError: the time is over.
         """
         uri = replace(self._place.server, export=export)
-        client = await Client.connect(uri, contexts=contexts, deadline=self._place.deadline)
-        self._stack.push_async_callback(client.close)
-        return client
+        clients = LastingClients()
+        self._stack.push_async_callback(clients.close)
+        return await clients.connect(uri, contexts, self._place.deadline)
 
     def _contexts(self) -> list[str]:
         return [DEPTH, BASE_ALLOCATION] if self._with_base else [DEPTH]

@@ -17,7 +17,6 @@ aborts when a client of a disk in an iothread leaves before its export. A round:
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from qmpnbd.errors import (
     InterferenceError,
     QmpnbdError,
 )
+from qmpnbd.export.lasting import LastingClients
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.chain import LayerSpec
 from qmpnbd.images.files import open_layers
@@ -115,21 +115,13 @@ async def open_window(
         DeadlineError: the time is over.
     """
     name = export_id(place.run, next(place.numbers))
-    clients: list[tuple[Client, int]] = []  # with what keeps the connection of a client open that gave up by itself
-    stack.push_async_callback(_close_all, clients)
+    clients = LastingClients()
+    stack.push_async_callback(clients.close)
     stack.push_async_callback(place.take_down.step, f"export {name}", partial(remove_export, place.monitor, name))
     await require_safe_moment(place.monitor, place.deadline)
     await add_export(place.monitor, node_name, name, place.deadline, ExportOptions(bitmaps=bitmaps))
     uri = replace(place.server, export=name)
-    client = await Client.connect(uri, contexts=contexts, deadline=place.deadline)
-    clients.append((client, client.duplicate()))
-    return Window(name, client)
-
-
-async def _close_all(clients: Sequence[tuple[Client, int]]) -> None:
-    for client, duplicate in clients:
-        await client.close()
-        os.close(duplicate)
+    return Window(name, await clients.connect(uri, contexts, place.deadline))
 
 
 class Flusher:

@@ -22,8 +22,8 @@ from pathlib import Path
 import guestgap
 from measure import run
 
-from qmpnbd.backup.instant import DepthReader
 from qmpnbd.deadline import Deadline
+from qmpnbd.export.depth import DepthReader
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.planning import Wishes
@@ -92,10 +92,11 @@ async def take(monitor: str, folder: Path, disks: list[str]) -> tuple[float, flo
     async with await Monitor.connect(monitor, deadline) as connected:
         with RunDirectory.create(str(folder), for_peer=connected.peer) as directory:
             began = time.monotonic()
-            reader, wishes = DepthReader(server, deadline), Wishes(start_server=False)
-            async with point_in_time(
-                connected, disks, directory, deadline, wishes=wishes, before=reader.before
-            ) as point:
+            wishes = Wishes(start_server=False)
+            async with (
+                DepthReader(server, deadline) as reader,
+                point_in_time(connected, disks, directory, deadline, wishes=wishes, before=reader.before) as point,
+            ):
                 up = (time.monotonic() - began) * 1000
                 await asyncio.sleep(0.5)
             return point.statement.window_ms, up

@@ -21,6 +21,8 @@ class DiskExportEntry(Part):
         size: bytes.
         read_only: whether clients may only read.
         contexts: the metadata contexts it offers.
+        allocation_depth: file with the allocation depth that the disk's own chain had at the instant (``qmpnbd.map/1``,
+            with a second map, ``presumed``: 1 where the first stands on a bitmap's word alone); null if none was made.
         variable: the environment variable that holds the URI for ``--exec``.
     """
 
@@ -32,6 +34,7 @@ class DiskExportEntry(Part):
     size: int
     read_only: bool
     contexts: tuple[str, ...]
+    allocation_depth: str | None
     variable: str
 
 

@@ -1,0 +1,54 @@
+"""NBD connections that outlast the exports they go to.
+
+QEMU 7.2 aborts, guest and all, when a client leaves the export of a disk in an iothread; one that goes after its export
+harms nobody. So what is connected here stays so until `LastingClients.close`, whatever becomes of the client: it may
+give up because the server broke the protocol, or fail or be cancelled between the choice of the export, from which on
+QEMU counts it as the export's, and the end of the handshake.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.nbd.aio import Client
+from qmpnbd.nbd.aio_stepwise import Negotiation
+from qmpnbd.nbd.tls import Tls
+from qmpnbd.nbd.uri import NbdUri
+
+
+class LastingClients:
+    """Makes clients, and keeps their connections open."""
+
+    def __init__(self) -> None:
+        self._clients: list[Client] = []
+        self._kept: list[int] = []
+
+    async def connect(self, uri: NbdUri, contexts: Sequence[str], deadline: Deadline, tls: Tls | None = None) -> Client:
+        """Connects to an export.
+
+        Args:
+            uri: the export.
+            contexts: the metadata contexts to read maps of; all of them must be offered.
+            deadline: how long it may take.
+            tls: how to encrypt, completed by what the URI says.
+
+        Raises:
+            NbdError: the export cannot be used.
+            DeadlineError: the time is over.
+        """
+        async with await Negotiation.connect(uri, tls=tls, deadline=deadline) as negotiation:
+            if contexts:
+                await negotiation.set_contexts(uri.export, contexts, deadline)
+            self._kept.append(negotiation.duplicate())
+            client = await negotiation.go(uri.export, deadline)
+        self._clients.append(client)
+        return client
+
+    async def close(self) -> None:
+        """Closes everything, once the exports are gone; may be called again."""
+        while self._clients:
+            await self._clients.pop().close()
+        while self._kept:
+            os.close(self._kept.pop())
