@@ -393,6 +393,26 @@ def test_an_iothread_serves_a_free_node(binaries: QemuBinaries, disk: Path) -> N
             pass
 
 
+@each_qemu
+@pytest.mark.parametrize("command", ["export", "validate"])
+def test_reading_changes_no_disk_that_copies_on_read(
+    binaries: QemuBinaries, disk: Path, folder: Path, command: str
+) -> None:
+    """Through such a filter, whatever is read of lower layers would be written to the active one."""
+    copying = json.dumps({"driver": "copy-on-read", "node-name": "copying", "file": "n"})
+    more = ["-blockdev", blockdev(disk, "n"), "-blockdev", copying, "-device", "virtio-blk-pci,id=vd0,drive=copying"]
+    with binaries.qemu(*more):
+        pass  # the device itself reads its first sector
+    before = qemu_img("map", "--output=json", disk)
+    with binaries.qemu(*more) as server:
+        if command == "export":
+            options: list[str | Path] = ["--exec", "sh", "-c", f'nbdcopy "$QMPNBD_URI" {folder / "copied"}']
+        else:
+            options = ["vd0", "--content", "whole"]
+        qmpnbd(command, "--qmp", server.qmp, *options)
+    assert qemu_img("map", "--output=json", disk) == before
+
+
 def test_the_blocking_twin_removes_and_watches(disk: Path) -> None:
     with storage_daemon("--blockdev", blockdev(disk, "n", read_only=True)) as server:
         with blocking.exporting(str(server.qmp), ["n"]) as session:

@@ -20,7 +20,7 @@ from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.server import PROBE_ADDRESS
 from tests.instants import write_line
 from tests.qemu_versions import QemuBinaries, each_qemu
-from tests.servers import Server, qemu_img
+from tests.servers import Server, blockdev, qemu_img
 from tests.test_cli import qmpnbd
 from tests.test_export import disk, guest, running, told, uris
 
@@ -215,6 +215,25 @@ def test_a_monitor_on_tcp_passes_no_descriptors_and_serves_all_the_same(
             assert checkpoints(server) == [("recording", [1])]
             assert not [name for name in server.nodes() if name.startswith("qmpnbd")]
     assert not list(folder.glob("qmpnbd-*"))
+
+
+@each_qemu
+@pytest.mark.parametrize("wish", ["--json", "--protect-guest", "--exact-chain"])
+def test_a_filter_of_somebodys_stays_below_its_device(
+    binaries: QemuBinaries, disk: Path, folder: Path, wish: str
+) -> None:
+    """The limits of a throttled disk go on, whatever we put under its device meanwhile."""
+    limits = json.dumps({"driver": "throttle", "node-name": "limited", "throttle-group": "limits", "file": "n"})
+    more = ["-object", "throttle-group,id=limits", "-blockdev", blockdev(disk, "n"), "-blockdev", limits]
+    with binaries.qemu(*more, "-device", "virtio-blk-pci,id=vd0,drive=limited") as server:
+
+        def under_the_device() -> list[str]:
+            return [drive["inserted"]["node-name"] for drive in server.side("query-block") if "inserted" in drive]
+
+        before, nodes = under_the_device(), server.nodes()
+        options: list[str | Path] = ["--point-in-time", wish, "--scratch", folder, "--exec", "true"]
+        qmpnbd("export", "--qmp", server.qmp, *options)
+        assert (under_the_device(), server.nodes()) == (before, nodes)
 
 
 class Recording(Monitor):

@@ -8,7 +8,7 @@ import pytest
 
 from qmpnbd.errors import DiskNotLocalError, GraphUnsupportedError, ImageUnsupportedError, NoSuchDiskError
 from qmpnbd.qmp.disks import Disk, empty_drives, find_disk, list_disks, users_of
-from qmpnbd.qmp.graph import BlockGraph, Link, Node, below, build_graph, chain_of
+from qmpnbd.qmp.graph import BlockGraph, Link, Node, below, build_graph, chain_of, node_to_read
 from qmpnbd.qmp.models import BlockDeviceInfo, BlockInfo, GraphReply
 
 
@@ -76,6 +76,17 @@ def test_a_protocol_node_alone_is_a_raw_layer() -> None:
 def test_a_filter_above_shifts_all_but_its_own_child() -> None:
     above = graph(node("t", "throttle", file="top"), *THREE)
     assert depths(chain_of(above, "t")) == [("top", 1), ("mid", 3), ("base", 4)]
+
+
+def test_a_disk_is_read_below_what_copies_on_read() -> None:
+    copying = (node("cor", "copy-on-read", file="top"), node("lim", "throttle", file="cor"), *THREE)
+    assert node_to_read(graph(*copying), "lim") == node_to_read(graph(*copying), "cor") == "top"
+    below_copying = (node("cor", "copy-on-read", file="lim"), node("lim", "throttle", file="top"), *THREE)
+    assert node_to_read(graph(*below_copying), "cor") == "lim"
+    assert node_to_read(graph(*below_copying), "lim") == "lim"
+    assert node_to_read(graph(*THREE), "top") == "top"
+    assert node_to_read(graph(*THREE), "gone") == "gone"
+    assert node_to_read(graph(node("cor", "copy-on-read", file="cor")), "cor") == "cor"
 
 
 def test_two_filters_shift_by_two() -> None:

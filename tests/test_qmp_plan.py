@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,9 @@ def test_the_recipe_is_chosen_by_what_qemu_can_do() -> None:
     assert chosen((7, 0), protect_guest=True, allow=risk) is Recipe.BACKUP
     assert chosen((7, 1), protect_guest=True, allow=risk) is Recipe.COPY_BEFORE_WRITE
     assert "corrupt" in choose_recipe((7, 2), DISKS, protect_guest=True, exact_chain=False, allow=risk)[1]
+    filtered = [replace(DISKS[0], filter="limits")]
+    recipe, why = choose_recipe((10, 0), filtered, protect_guest=True, exact_chain=False)
+    assert (recipe, "limits of vd0" in why) == (Recipe.BACKUP, True)
     free = [PlannedDisk("node", "", "node", 1, 512)]
     assert choose_recipe((10, 0), free, protect_guest=True, exact_chain=False)[0] is Recipe.BACKUP
 

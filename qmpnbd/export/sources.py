@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qmpnbd.deadline import Deadline
 from qmpnbd.qmp.disks import Disk
 from qmpnbd.qmp.exports import NodeBitmap
+from qmpnbd.qmp.graph import node_to_read
 from qmpnbd.qmp.inventory import Inventory
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.teardown import TakeDown
@@ -73,5 +74,5 @@ async def live_disks(scene: Scene) -> AsyncIterator[Sources]:
     """Yields the nodes that the disks stand on: they show one instant only while nothing writes to them."""
     graph = scene.inventory.graph
     still = all(disk.node_name in graph.nodes and graph.nodes[disk.node_name].read_only for disk in scene.disks)
-    sources = tuple(Source(disk, disk.node_name) for disk in scene.disks)
+    sources = tuple(Source(disk, node_to_read(graph, disk.node_name)) for disk in scene.disks)
     yield Sources(sources, consistent=still)

@@ -23,6 +23,9 @@ from typing import Literal
 from qmpnbd.errors import DiskNotLocalError, GraphUnsupportedError, ImageUnsupportedError
 from qmpnbd.qmp.models import BlockDeviceInfo, GraphReply
 
+COPY_ON_READ = "copy-on-read"
+"""The filter through which reading changes the image: what is read of lower layers is written to the active one."""
+
 FILTER_DRIVERS = frozenset(
     {
         "backup-top",  # QEMU 5.2's name of what became copy-before-write
@@ -32,7 +35,7 @@ FILTER_DRIVERS = frozenset(
         "commit_top",
         "compress",
         "copy-before-write",
-        "copy-on-read",
+        COPY_ON_READ,
         "mirror_top",
         "preallocate",
         "throttle",
@@ -160,6 +163,24 @@ def below(graph: BlockGraph, node_name: str) -> dict[str, Node]:
         if node is not None and name not in found:
             found[name] = node
             waiting += node.children.values()
+    return found
+
+
+def node_to_read(graph: BlockGraph, node_name: str) -> str:
+    """Returns where to export a disk so that reading it changes nothing: below copy-on-read filters that it stands on.
+
+    Args:
+        graph: the block graph.
+        node_name: the node that the disk stands on; it is returned if there is no such filter.
+    """
+    found = name = node_name
+    for _ in range(MAX_CHAIN):
+        node = graph.nodes.get(name)
+        if node is None or node.driver not in FILTER_DRIVERS:
+            break
+        name = node.children.get("backing") or node.children.get("file") or ""
+        if node.driver == COPY_ON_READ:
+            found = name
     return found
 
 

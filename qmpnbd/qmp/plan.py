@@ -37,6 +37,7 @@ class PlannedDisk:
         file: name and format of the image, to be recorded as the backing file of a snapshot's overlay.
         bitmaps: dirty bitmaps of the node to export with the disk; disabled at the latest by `actions`.
         actions: transaction actions that shall happen at the instant (bitmaps of a checkpoint).
+        filter: node-name of a filter of somebody's that the device stands on above `node_name`; empty if there is none.
     """
 
     name: str
@@ -47,6 +48,7 @@ class PlannedDisk:
     file: tuple[str, str] = ("", "")
     bitmaps: tuple[str, ...] = ()
     actions: tuple[Mapping[str, object], ...] = ()
+    filter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

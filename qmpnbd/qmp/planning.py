@@ -130,6 +130,7 @@ def _planned(
         node_name=node_name,
         size=image.virtual_size,
         unit=unit,
+        filter=disk.node_name if disk.node_name != node_name else "",
         file=(protocol.filename if protocol else image.filename, nodes[node_name].drv),
         bitmaps=tuple(wished.bitmaps.get(name, ())),
         actions=tuple(wished.actions.get(name, ())),

@@ -118,6 +118,12 @@ def choose_recipe(
     free = [disk.name for disk in disks if not disk.qom_path]
     if free:
         return Recipe.BACKUP, f"no device stands on {', '.join(free)}, so no filter can be put under one"
+    filtered = [f"{disk.filter} of {disk.name}" for disk in disks if disk.filter]
+    if filtered:
+        return Recipe.BACKUP, (
+            f"our filter would take the place of another one ({', '.join(filtered)}), whose limits the guest would be "
+            "without; the scratch space is watched instead"
+        )
     return Recipe.COPY_BEFORE_WRITE, protects
 
 

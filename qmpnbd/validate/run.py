@@ -27,7 +27,7 @@ from qmpnbd.export.addresses import shared_server
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.address import MonitorAddress
 from qmpnbd.qmp.disks import Disk, chosen_disks
-from qmpnbd.qmp.graph import chain_of
+from qmpnbd.qmp.graph import chain_of, node_to_read
 from qmpnbd.qmp.inventory import Inventory, read_inventory, require_no_iothread_bug, require_safe_moment
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.planning import Wishes
@@ -264,7 +264,8 @@ class _Run:
         if not self.options.allow_iothread:
             await require_no_iothread_bug(self.monitor, disk.node_name, inventory, self.deadline)
         # What cannot be read is told before anything is exported.
-        specs = specs_of(chain_of(inventory.graph, disk.node_name), self.monitor)
+        node_name = node_to_read(inventory.graph, disk.node_name)
+        specs = specs_of(chain_of(inventory.graph, node_name), self.monitor)
         try:
             await in_thread(partial(check_readable, specs, self.deadline), self.deadline)
         except ImageMissingError as error:
@@ -274,7 +275,7 @@ class _Run:
                 remedy="It was removed or renamed under QEMU, or is the nameless overlay of a drive with snapshot=on.",
             ) from error
         rounds, listed, choice = self.options.rounds, self.options.listed, self.options.choice
-        findings, explained = await LiveDisk.judge(place, disk.node_name, rounds, listed, choice)
+        findings, explained = await LiveDisk.judge(place, node_name, rounds, listed, choice)
         return disk_report(disk, findings, explained, self.options.listed, time.monotonic() - began)
 
     def _origin(self) -> dict[str, str]:
