@@ -8,7 +8,6 @@ line, and this host's, when the line arrives. The guest's stands still while it 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import socket
 import statistics
@@ -29,9 +28,11 @@ from qmpnbd.qmp.pointintime import Statement, point_in_time
 from qmpnbd.qmp.rundir import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "vm-images"))
+sys.path[:0] = [str(ROOT), str(ROOT / "vm-images")]
 
 import guest  # noqa: E402 - a recipe, not part of the package
+
+from tests.servers import blockdev, qemu  # noqa: E402 - needs the path above
 
 DISKS = 4
 SIZE = "256M"
@@ -80,27 +81,21 @@ def writing_guest(program: str, folder: Path) -> Iterator[tuple[str, Console]]:
     """Boots the guest; yields its monitor and its console."""
     linux = guest.build(ROOT / ".work/guest-packages", ROOT / ".work/guest")
     words = f"{linux.append} printk.devkmsg=on qmpnbd.places=1048576 qmpnbd.write=stamped"
-    arguments = [program, "-accel", "tcg", "-nodefaults", "-display", "none", "-m", "192"]
-    arguments += ["-kernel", str(linux.kernel), "-initrd", str(linux.initramfs), "-append", words]
-    arguments += ["-qmp", f"unix:{folder}/guest,server=on,wait=off", "-serial", f"unix:{folder}/serial,server=on"]
+    serial = folder / "serial"
+    arguments = ["-m", "192", "-kernel", str(linux.kernel), "-initrd", str(linux.initramfs), "-append", words]
+    arguments += ["-serial", f"unix:{serial},server=on,wait=off"]
     for number in range(DISKS):
         disk = folder / f"guest{number}.qcow2"
         disk.unlink(missing_ok=True)
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, SIZE], check=True)
-        node = {"driver": "qcow2", "node-name": f"disk{number}", "file": {"driver": "file", "filename": str(disk)}}
-        arguments += ["-blockdev", json.dumps(node), "-device", f"virtio-blk-pci,id=vd{number},drive=disk{number}"]
+        arguments += ["-blockdev", blockdev(disk, f"disk{number}")]
+        arguments += ["-device", f"virtio-blk-pci,id=vd{number},drive=disk{number}"]
     console = Console()
-    with subprocess.Popen(arguments) as child:
-        while not (folder / "serial").exists():
-            time.sleep(0.01)
-        reader = threading.Thread(target=console.read, args=(folder / "serial",))
-        reader.start()
-        try:
-            console.wait(20)
-            yield f"{folder}/guest", console
-        finally:
-            child.terminate()
-            reader.join()
+    with qemu(*arguments, program=program) as server:
+        threading.Thread(target=console.read, args=(serial,), daemon=True).start()  # ends with the guest
+        server.side("cont")
+        console.wait(20)
+        yield str(server.qmp), console
 
 
 async def take(monitor: str, folder: Path, wishes: Wishes) -> tuple[Statement, float, float]:
@@ -152,7 +147,6 @@ def table(folder: Path) -> str:
     programs = {"installed": "qemu-system-x86_64"}
     programs |= {path.parents[1].name: str(path) for path in ROOT.glob(".work/qemu/*/bin/qemu-system-x86_64")}
     for release, program in sorted(programs.items()):
-        for name in ("guest", "serial"):
-            (folder / name).unlink(missing_ok=True)
+        (folder / "serial").unlink(missing_ok=True)
         lines += gaps(folder, program, release)
     return "\n".join(lines) + "\n"

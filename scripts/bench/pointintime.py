@@ -7,7 +7,6 @@ milliseconds, over NBD to a storage daemon. What they notice is the longest wait
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import statistics
@@ -18,6 +17,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import guestgap
 from measure import run
@@ -30,6 +32,7 @@ from qmpnbd.qmp.planning import Wishes
 from qmpnbd.qmp.pointintime import point_in_time
 from qmpnbd.qmp.recover import recover
 from qmpnbd.qmp.rundir import RunDirectory
+from tests.servers import blockdev, qemu, storage_daemon
 
 ROUNDS = 7
 SIZE = 1 << 30
@@ -65,24 +68,17 @@ asyncio.run(main())
 
 @contextmanager
 def daemon(folder: Path, disks: int) -> Iterator[str]:
-    """Runs a storage daemon with disks of two layers; yields its monitor."""
-    arguments = ["qemu-storage-daemon", "--chardev", f"socket,path={folder}/qmp,server=on,wait=off,id=qmp"]
-    arguments += ["--monitor", "chardev=qmp", "--nbd-server", f"addr.type=unix,addr.path={folder}/nbd"]
+    """Runs a storage daemon with disks of two layers and an NBD server; yields its monitor."""
+    arguments = ["--nbd-server", f"addr.type=unix,addr.path={folder}/nbd"]
     for number in range(disks):
         base, top = folder / f"base{number}.qcow2", folder / f"top{number}.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", base, str(SIZE)], check=True)
         backing = ["-b", str(base), "-F", "qcow2"]
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, top], check=True)
-        file = {"driver": "file", "filename": str(top)}
-        arguments += ["--blockdev", json.dumps({"driver": "qcow2", "node-name": f"disk{number}", "file": file})]
+        arguments += ["--blockdev", blockdev(top, f"disk{number}")]
         arguments += ["--export", f"nbd,id=w{number},node-name=disk{number},name=w{number},writable=on"]
-    with subprocess.Popen(arguments) as child:
-        try:
-            while not (folder / "nbd").exists() or not (folder / "qmp").exists():
-                time.sleep(0.01)
-            yield str(folder / "qmp")
-        finally:
-            child.terminate()
+    with storage_daemon(*arguments) as server:
+        yield str(server.qmp)
 
 
 async def take(monitor: str, folder: Path, disks: list[str]) -> tuple[float, float]:
@@ -157,19 +153,15 @@ async def recovered(monitor: str, folder: Path) -> float:
 
 def recovery(folder: Path) -> str:
     """Measures the recovery of a killed run with eight disks."""
-    arguments = ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-m", "32"]
-    arguments += ["-qmp", f"unix:{folder}/vm,server=on,wait=off"]
+    arguments = []
     for number in range(8):
         disk = folder / f"vm{number}.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, str(SIZE)], check=True)
-        file = {"driver": "file", "filename": str(disk)}
-        node = {"driver": "qcow2", "node-name": f"disk{number}", "file": file}
-        arguments += ["-blockdev", json.dumps(node), "-device", f"virtio-blk-pci,id=vd{number},drive=disk{number}"]
+        arguments += ["-blockdev", blockdev(disk, f"disk{number}")]
+        arguments += ["-device", f"virtio-blk-pci,id=vd{number},drive=disk{number}"]
     disks = ",".join(f"vd{number}" for number in range(8))
-    address = f"{folder}/vm"
-    with subprocess.Popen(arguments) as child:
-        while not Path(address).exists():
-            time.sleep(0.01)
+    with qemu(*arguments) as server:
+        address = str(server.qmp)
         times, command = [], []
         for number in range(2 * ROUNDS):
             done = subprocess.run([sys.executable, "-c", HELD, address, str(folder), disks], check=False)
@@ -181,7 +173,6 @@ def recovery(folder: Path) -> str:
                 command.append(run(["qmpnbd", "recover", "--qmp", address, "--runtime-dir", str(folder)]))
         export = ["qmpnbd", "export", "--qmp", address, "--runtime-dir", str(folder), "--point-in-time"]
         held = [run([*export, "--checkpoint", "bench", "--exec", "true"]) for _ in range(ROUNDS)]
-        child.terminate()
     lines = [
         "**Eight disks: a killed run taken down, and a whole run with a checkpoint; seconds**",
         "",
