@@ -26,13 +26,17 @@ from qmpnbd.errors import (
     NotAMonitorError,
     OutcomeUnknownError,
     ReplyTooLongError,
+    ScratchError,
     UsageError,
 )
+from qmpnbd.export.blocking import exporting
+from qmpnbd.export.options import Options
 from qmpnbd.qmp import libvirt as libvirt_transport
 from qmpnbd.qmp.address import LibvirtAddress
 from qmpnbd.qmp.exports import add_export, remove_export
 from qmpnbd.qmp.inventory import read_exports, read_inventory
 from qmpnbd.qmp.monitor import Monitor
+from qmpnbd.qmp.planning import Wishes
 from qmpnbd.qmp.polling import POLLED
 from qmpnbd.qmp.process import Peer
 from qmpnbd.validate.run import validate
@@ -158,6 +162,24 @@ class TestRealLibvirt:
             return await read_exports(monitor, Deadline(30))
 
         assert use(address, left) == []
+
+    def test_a_point_in_time_through_libvirt_is_held_or_refused_with_a_remedy(
+        self, libvirtd: Session, domain: Any, folder: Path
+    ) -> None:
+        """Nobody tells as whom QEMU runs; so root, who could, does not know to whom to give the scratch image."""
+        address = LibvirtAddress(libvirtd.uri, "shared")
+        for wishes in (Wishes(), Wishes(exact_chain=True, scratch_dir=str(folder))):
+            choice = Options(instant=wishes, runtime_dir=str(folder))
+            if libvirtd.user:
+                with pytest.raises(ScratchError, match="Permission denied") as refused, exporting(address, [], choice):
+                    pytest.fail("QEMU cannot have opened the scratch image")
+                assert "QEMU's user" in refused.value.remedy
+            else:
+                with exporting(address, [], choice) as session:
+                    found = session.allocation_depth(session.exports[0], Deadline(30))
+                    assert found.depth.totals() == {0: 16 << 20}
+        assert not list(folder.iterdir())
+        assert use(address, lambda monitor: read_exports(monitor, Deadline(30))) == []
 
     def test_what_qemu_refuses_is_refused_in_qemus_words(self, libvirtd: Session, domain: Any) -> None:
         async def refused(monitor: Monitor) -> object:

@@ -309,4 +309,11 @@ def _explained(error: CommandFailedError) -> QmpnbdError:
             remedy="Another block job works on the disk: wait for its end (`query-block-jobs`). If it is one of a "
             "killed qmpnbd, run `qmpnbd recover`.",
         )
+    if words.startswith("Could not open ") and "Permission denied" in words:
+        return ScratchError(
+            f"QEMU may not use the scratch image: {words}",
+            where=error.where,
+            remedy="Run as QEMU's user, or as root over a monitor socket of QEMU's own, which tells who that is "
+            "(libvirt does not). If AppArmor or SELinux confines QEMU, name a folder with --scratch that it may use.",
+        )
     return error
