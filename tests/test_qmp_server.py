@@ -396,6 +396,30 @@ def test_every_refusal_of_the_server_has_a_reason_and_a_remedy(
         assert (server.nbd_server_runs(), objects(server)) == (False, [])
 
 
+@each_qemu
+def test_refusals_of_what_others_have_changed_have_a_reason_too(binaries: QemuBinaries, tmp_path: Path) -> None:
+    """Nothing that is sent here provokes them by itself: somebody takes away or makes anew what we rely on."""
+    address = {"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}}
+    commands: dict[str, tuple[str, dict[str, object]]] = {
+        "tls-missing": ("nbd-server-start", {"addr": address, "tls-creds": "nothing"}),
+        "tls-endpoint": ("nbd-server-start", {"addr": address, "tls-creds": "theirs"}),
+        "export-missing": ("block-export-del", {"id": "nothing"}),
+    }
+    folder = str(Authority(tmp_path).client())
+    with binaries.qemu("-object", f"tls-creds-x509,id=theirs,dir={folder},endpoint=client") as server:
+
+        async def work(monitor: Monitor) -> None:
+            for reason, (command, arguments) in commands.items():
+                with pytest.raises(CommandFailedError) as refused:
+                    await monitor.execute(command, arguments, deadline=SOON)
+                told = explained(refused.value)
+                assert isinstance(told, ExportRefusedError), str(told)
+                assert (told.reason, bool(told.remedy)) == (reason, True)
+
+        run(server, work)
+        assert not server.nbd_server_runs()
+
+
 def test_what_no_row_knows_stays_what_qemu_said() -> None:
     error = CommandFailedError("block-export-add", "GenericError", "The moon is full", where="vm.qmp")
     assert explained(error) is error
