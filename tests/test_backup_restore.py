@@ -290,6 +290,7 @@ def test_a_killed_restore_leaves_nothing_that_looks_complete(
     slow.communicate(timeout=30)
     assert not (targets / "disk.raw").exists()
     image = restored(wanted(made[0], 1), targets / "disk.raw", "raw")
+    assert list(targets.iterdir()) == [image]
     assert converted(image, targets, "raw") == converted(made[1][0].image("vda"), targets)
 
 

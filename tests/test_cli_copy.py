@@ -154,6 +154,7 @@ def test_after_kill_9_there_is_nothing_under_the_name_and_no_image_beside(here: 
         assert b"not in qcow2 format" in probed.stderr
     qmpnbd("copy", str(disk), target, "--format", "raw")
     qemu_img("compare", "-q", "-f", "raw", disk, target)
+    assert [path.name for path in here.iterdir()] == [target]
 
 
 @pytest.mark.parametrize("target", ["copy.raw", "copy.qcow2"])

@@ -7,7 +7,7 @@
               v
     disk.qcow2
 
-A run that is killed leaves the name as it was, and beside it a file whose name tells what it is.
+A run that is killed leaves the name as it was, and beside it a file that the next run for that name removes.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from qmpnbd.backup import parts
 from qmpnbd.backup.locks import require_unused
 from qmpnbd.errors import TargetError, TargetInUseError
 from qmpnbd.printable import printable
-
-SUFFIX: Final = ".part"
 
 _MOST_PARTS: Final = 1024  # IOV_MAX of Linux
 
@@ -93,8 +91,8 @@ class NewFile:
             place = Path(path)
             self._place = place.resolve() if place.is_symlink() else place
             mode = self._replaced(force=force)
-            self.beside = self._place.with_name(f".{self._place.name}.{secrets.token_hex(4)}{SUFFIX}")
-            self.fd = os.open(self.beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            parts.clear(self._place)
+            self.fd, self.beside = parts.make_file(self._place)
             os.fchmod(self.fd, mode)
 
     def _replaced(self, *, force: bool) -> int:

@@ -10,24 +10,19 @@ when all of it was proved.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.content import aligned
 from qmpnbd.backup.copy import CopyOptions, copy
-from qmpnbd.backup.durable import rename, sync_folder
 from qmpnbd.backup.layers import RestoreSource, StoredLayer
-from qmpnbd.backup.newfile import SUFFIX, told
+from qmpnbd.backup.newfolder import new_folder
 from qmpnbd.backup.point import Point, open_layer
 from qmpnbd.backup.proof import REMEDY
 from qmpnbd.backup.qcow2_target import Backing, Compression, Qcow2Target
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import NotProvedError, RepositoryDamagedError, TargetInUseError
+from qmpnbd.errors import NotProvedError, RepositoryDamagedError
 from qmpnbd.printable import printable
 
 
@@ -64,7 +59,7 @@ class ChainCopy:
             DeadlineError: the time is over.
         """
         read_back = 0
-        with _new_folder(target) as folder:
+        with new_folder(target) as folder:
             below = self._template()
             for backup in reversed(self._point.layers):
                 disk = backup.disk(self._point.disk.name)
@@ -106,22 +101,3 @@ def _prove(written: StoredLayer, deadline: Deadline) -> None:
         written.require_hashes(deadline)
     except RepositoryDamagedError as error:
         raise NotProvedError(error.what, where=error.where, remedy=REMEDY) from error
-
-
-@contextlib.contextmanager
-def _new_folder(target: str) -> Iterator[Path]:
-    """Makes a folder that gets its name at the end, and is removed if that is not reached."""
-    place, where = Path(target), printable(target)
-    if os.path.lexists(place):
-        raise TargetInUseError("it exists", where=where, remedy="Choose another name: no folder is replaced.")
-    folder = place.with_name(f".{place.name}.{secrets.token_hex(4)}{SUFFIX}")
-    with told("cannot be made", where):
-        folder.mkdir()
-    try:
-        yield folder
-        with told("cannot be given its name", where):
-            sync_folder(folder)
-            rename(folder, place)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
