@@ -14,8 +14,13 @@ from typing import Any
 
 import pytest
 
+from qmpnbd.backup.destination import Destination
+from qmpnbd.backup.raw_target import RawTarget
+from qmpnbd.backup.restore import RestoreOptions
+from qmpnbd.backup.restore_machine import WantedMachine, restore_machine
 from qmpnbd.cli.exit_codes import FELL_BACK, NOT_QUIESCED
-from qmpnbd.errors import NoSuchBackupError, NoSuchDiskError, UsageError
+from qmpnbd.deadline import Deadline
+from qmpnbd.errors import NoSuchBackupError, NoSuchDiskError, NotProvedError, UsageError
 from qmpnbd.report.model import BackupDocument
 from tests.backups import BackupMachine, new_images, running
 from tests.instants import UNIT
@@ -152,6 +157,30 @@ def test_firmware_and_its_variables_are_kept_beside_the_disks(binaries: QemuBina
         assert machine_facts["machine"].startswith("pc")
         assert "pflash1=vars" in " ".join(machine_facts["command_line"])
         assert machine.left() == []
+        wanted = WantedMachine(str(machine.repository.path))
+        restore_machine(wanted, Destination(str(folder / "vm"), "raw"), RestoreOptions(), Deadline(60))
+        expected = {"vd0.raw": machine.restored(backup, "vd0")}
+        expected |= {each.file: backup.extra_file(each.name).read_bytes() for each in backup.manifest.extras}
+        assert {path.name: path.read_bytes() for path in (folder / "vm").iterdir()} == expected
+
+
+def test_variables_that_are_not_what_was_read_are_not_backed_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, binaries: QemuBinaries
+) -> None:
+    """The medium changes a byte between writing and reading again."""
+    variables = folder / "vars.fd"
+    variables.write_bytes(b"vars" * (1 << 15))
+    flash = ["-blockdev", blockdev(variables, "vars", "raw"), "-machine", "pc,pflash0=vars"]
+    write = RawTarget.write
+
+    def change(target: RawTarget, offset: int, data: memoryview) -> None:
+        write(target, offset, memoryview(bytes(data[:-1]) + b"!"))
+
+    with running(binaries, folder, new_images(binaries, folder, 1), *flash) as machine:
+        monkeypatch.setattr(RawTarget, "write", change)
+        with pytest.raises(NotProvedError, match="not what was written"):
+            machine.back_up()
+        assert machine.repository.backups("nightly") == ()
 
 
 def test_a_disc_in_a_drive_is_left_out_unless_it_is_named(binaries: QemuBinaries, folder: Path) -> None:

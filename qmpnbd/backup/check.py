@@ -12,8 +12,9 @@ from pathlib import Path
 
 from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.chain_order import Found
-from qmpnbd.backup.check_disk import DiskCheck, sha256_of
+from qmpnbd.backup.check_disk import DiskCheck
 from qmpnbd.backup.check_rules import Finding, Rule
+from qmpnbd.backup.fingerprint import sha256_of
 from qmpnbd.backup.layout import LOCK, MANIFEST, MARKER, READERS, backup_of, is_unfinished
 from qmpnbd.backup.repository import Repository
 from qmpnbd.deadline import Deadline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -10,7 +9,8 @@ from pathlib import Path
 
 from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.check_rules import Finding, Rule
-from qmpnbd.backup.content import PIECE, aligned
+from qmpnbd.backup.content import aligned
+from qmpnbd.backup.fingerprint import sha256_of
 from qmpnbd.backup.hashes import Hashes
 from qmpnbd.backup.layer import Layer
 from qmpnbd.backup.layout import backing_name
@@ -19,7 +19,6 @@ from qmpnbd.backup.repository import base_of
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ImageError, QmpnbdError, RepositoryDamagedError
 from qmpnbd.images.check_file import check_image
-from qmpnbd.images.hostfile import HostFile
 from qmpnbd.printable import printable
 
 
@@ -129,25 +128,6 @@ class DiskCheck:
         manifest = self._backup.manifest
         offset, end = extent or (None, None)
         return Finding(rule, manifest.chain, manifest.id, self._disk.name, printable(str(path)), what, offset, end)
-
-
-def sha256_of(path: str, deadline: Deadline) -> str:
-    """Returns the SHA-256 of a file as hexadecimal digits.
-
-    Raises:
-        ImageError: the file is missing, cannot be read, or is no file.
-        DeadlineError: the time ran out.
-    """
-    found = hashlib.sha256()
-    where = printable(path)
-    buffer = memoryview(bytearray(PIECE))
-    with HostFile(path, where) as file:
-        at = 0
-        while count := file.read_into(buffer, at):
-            deadline.check("a file to be read", where)
-            found.update(buffer[:count])
-            at += count
-    return found.hexdigest()
 
 
 def _words(backing: tuple[str, str]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.content import aligned
 from qmpnbd.backup.copy import CopyOptions, copy
+from qmpnbd.backup.destination import forget
 from qmpnbd.backup.layers import RestoreSource, StoredLayer
 from qmpnbd.backup.newfolder import new_folder
 from qmpnbd.backup.point import Point, open_layer
@@ -87,6 +88,7 @@ class ChainCopy:
             with RestoreSource([open_layer(backup, name, deadline)], printable(os.fspath(backup.path))) as source:
                 copied = copy(source, target, content, self._options, deadline)
             target.finish()
+            forget(os.fspath(path))
             with StoredLayer.open(path, hashes, deadline) as written:
                 _prove(written, deadline)
         except BaseException:

@@ -9,7 +9,6 @@ Nothing is proved here: `qmpnbd.backup.prove_layer` reads it again once the poin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +18,16 @@ from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.compare_base import differing
 from qmpnbd.backup.content import ABSENT, DATA, ZERO, aligned
 from qmpnbd.backup.copy import CopyOptions, Progress, copy
+from qmpnbd.backup.destination import forget
 from qmpnbd.backup.draft import Draft
+from qmpnbd.backup.fingerprint import sha256_of
 from qmpnbd.backup.hashes import Hashes
 from qmpnbd.backup.manifest import ExtraFile, ManifestDisk, TemplateEntry
 from qmpnbd.backup.plan import Decision, unreadable
+from qmpnbd.backup.proof import prove
 from qmpnbd.backup.qcow2_target import Backing, Qcow2Target
 from qmpnbd.backup.raw_target import RawTarget
-from qmpnbd.backup.sources import NbdSource, Source
+from qmpnbd.backup.sources import ImageSource, NbdSource, Source
 from qmpnbd.backup.targets import Target
 from qmpnbd.backup.task import DiskTask
 from qmpnbd.deadline import Deadline
@@ -100,13 +102,17 @@ class Storing:
         return StoredDisk(replace(task, decision=decision), entry, path, hashes)
 
     def flash(self, task: DiskTask, deadline: Deadline) -> ExtraFile:
-        """Writes a plain copy of firmware or its variables; raises as `disk`."""
+        """Writes a plain copy of firmware or its variables, and proves it; raises as `disk`, and NotProvedError."""
         path = self.draft.disk_path(task.name).with_suffix(".nvram.raw")
         with NbdSource.connect(task.uri, deadline=deadline) as source:
+            content = source.content(deadline)
             target = RawTarget.create(path, source.size)
-            self._copied(task.name, source, target, source.content(deadline), deadline)
-        content = path.read_bytes()
-        return ExtraFile(name=task.name, file=path.name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+            hashes = Hashes(content, self._copied(task.name, source, target, content, deadline))
+        forget(str(path))
+        with ImageSource.open(str(path), format="raw", deadline=deadline) as there:
+            prove(there, hashes, deadline)
+        digest = sha256_of(str(path), deadline)
+        return ExtraFile(name=task.name, file=path.name, bytes=_size(path), sha256=digest)
 
     def _content(self, task: DiskTask, source: Source, deadline: Deadline) -> tuple[Decision, ExtentMap]:
         """Returns what the layer holds, in whole clusters; all of the disk if what it should stand on is broken."""

@@ -6,16 +6,17 @@ computed. Only with the last is it proved that it still holds what it held.
 
 from __future__ import annotations
 
-import hashlib
 import os
+import stat
+from collections.abc import Collection, Sequence
 
+from qmpnbd.backup.fingerprint import sha256_of
 from qmpnbd.backup.manifest import TemplateEntry
 from qmpnbd.backup.sources import ImageSource
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ImageError, RepositoryDamagedError
 from qmpnbd.printable import printable
 
-_CHUNK = 1 << 20
 _REMEDY = "Name the image that the machine was made from, as it was then."
 
 
@@ -33,19 +34,14 @@ def open_template(entry: TemplateEntry, path: str, deadline: Deadline) -> ImageS
     """
     where = printable(path)
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - one descriptor for the identity and the content
-            status = os.fstat(file.fileno())
-            if status.st_size != entry.file_bytes:
-                raise _another(f"it has {status.st_size} bytes, and had {entry.file_bytes}", where)
-            if entry.sha256:
-                digest = hashlib.sha256()
-                while chunk := file.read(_CHUNK):
-                    deadline.check("the template to be hashed", where)
-                    digest.update(chunk)
-                if digest.hexdigest() != entry.sha256:
-                    raise _another("its SHA-256 is another one", where)
-            elif status.st_mtime_ns != entry.mtime_ns:
-                raise _another("it was written to since", where)
+        status = os.stat(path)  # noqa: PTH116 (a name as its user has it is text, not a tidied path)
+        if stat.S_ISREG(status.st_mode) and status.st_size != entry.file_bytes:
+            raise _another(f"it has {status.st_size} bytes, and had {entry.file_bytes}", where)
+        if entry.sha256:
+            if sha256_of(path, deadline) != entry.sha256:
+                raise _another("its SHA-256 is another one", where)
+        elif status.st_mtime_ns != entry.mtime_ns:
+            raise _another("it was written to since", where)
         source = ImageSource.open(path, format=entry.format, deadline=deadline)
     except OSError as error:
         raise RepositoryDamagedError(f"the template cannot be read: {error.strerror}", where=where) from error
@@ -55,6 +51,24 @@ def open_template(entry: TemplateEntry, path: str, deadline: Deadline) -> ImageS
         source.close()
         raise _another(f"its disk has {source.size} bytes, and had {entry.size}", where)
     return source
+
+
+def template_for(disk: str, templates: Sequence[str], disks: Collection[str]) -> str:
+    """Returns the template of a disk; empty if none was named.
+
+    Args:
+        disk: the disk.
+        templates: as they were named: ``DISK=FILE`` for one disk, or ``FILE`` for all others.
+        disks: all disks of the backup. What does not begin with the name of one is a file whose name has a ``=``.
+    """
+    others = ""
+    for text in templates:
+        name, equals, file = text.partition("=")
+        if not equals or name not in disks:
+            others = text
+        elif name == disk:
+            return file
+    return others
 
 
 def _another(what: str, where: str) -> RepositoryDamagedError:

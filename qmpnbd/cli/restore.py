@@ -12,12 +12,18 @@ from qmpnbd.errors import UsageError
 
 if TYPE_CHECKING:
     from qmpnbd.backup.point import Wanted
+    from qmpnbd.backup.restore import RestoreOptions
+    from qmpnbd.deadline import Deadline
 
 EXAMPLES = (
     ("qmpnbd restore /backup latest --chain vm vda.qcow2", "the newest backup of a VM's only disk"),
     (
         "qmpnbd restore /backup 2026-11-24T12:00:00Z --chain vm --disk vd0 /dev/vg/vm --force",
         "what was there at noon, over a block device",
+    ),
+    (
+        "qmpnbd restore /backup latest --chain vm machine --machine",
+        "all disks, NVRAM and machine facts, in a new folder",
     ),
     (
         "qmpnbd restore /backup latest --chain vm vda.qcow2 --instant serve",
@@ -31,20 +37,29 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Adds the command."""
     parser = commands.add_parser(
         "restore",
-        description="Restores a disk as it was at the instant of a backup. Every piece of data is hashed when it is "
-        "read from the repository, and again when it is read back from TARGET; a file gets its name only then. What "
-        "is there is never overwritten without --force, and what is in use not even then.",
+        description="Restores a disk, or with --machine all that a backup holds, as it was at the instant of the "
+        "backup. Every piece of data is hashed when it is read from the repository, and again when it is read back "
+        "from TARGET; a file gets its name only then. What is there is never overwritten without --force, and what is "
+        "in use not even then; no folder is ever replaced.",
         allow_abbrev=False,
     )
     add_point(parser)
     parser.add_argument(
-        "target", metavar="TARGET", help="a file, a folder for --format chain, a block device, or an NBD URI"
+        "target",
+        metavar="TARGET",
+        help="a file, a folder for --format chain or --machine, a block device, or an NBD URI",
     )
     parser.add_argument(
         "--format",
         choices=("raw", "qcow2", "chain"),
         default="",
-        help="what a file shall be (default: by its ending .raw, .img, .qcow2); chain: a folder with an image a layer",
+        help="what a disk shall be (default: by TARGET's ending .raw, .img, .qcow2; with --machine qcow2); chain: a "
+        "folder with an image a layer",
+    )
+    parser.add_argument(
+        "--machine",
+        action="store_true",
+        help="make a folder TARGET with all disks, firmware variables (NVRAM) and what is known of the machine",
     )
     parser.add_argument("--compress", action="store_true", help="compress the clusters of qcow2 images (zstd)")
     parser.add_argument("--force", action="store_true", help="overwrite TARGET; not if it is in use")
@@ -64,7 +79,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--runtime-dir", metavar="DIR", help="make the private directory in DIR (default: $TMPDIR or /tmp)"
     )
     options.add_tls(parser)
-    options.add_json(parser, "qmpnbd.restore/1")
+    options.add_json(parser, "qmpnbd.restore/1, with --machine qmpnbd.restore-machine/1")
     options.add_timeout(parser, options.WEEK_SECONDS)
     parser.set_defaults(run=run)
 
@@ -78,15 +93,21 @@ def add_point(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chain", default="", metavar="NAME", help="the chain (default: the only one)")
     parser.add_argument("--disk", default="", metavar="DISK", help="the disk (default: the only one)")
     parser.add_argument(
-        "--template", default="", metavar="FILE", help="the image that a shallow backup stands on, where it is now"
+        "--template",
+        action="append",
+        default=[],
+        metavar="[DISK=]FILE",
+        help="the image that a shallow backup stands on, where it is now; can be repeated for several disks",
     )
 
 
 def wanted(arguments: argparse.Namespace) -> Wanted:
     """Returns which backup is meant."""
     from qmpnbd.backup.point import Wanted
+    from qmpnbd.backup.template import template_for
 
-    return Wanted(arguments.repository, arguments.which, arguments.chain, arguments.disk, template=arguments.template)
+    template = template_for(arguments.disk, arguments.template, [arguments.disk])
+    return Wanted(arguments.repository, arguments.which, arguments.chain, arguments.disk, template=template)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -99,6 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
                 name = f"--{option.replace('_', '-')}"
                 raise UsageError("only with --instant serve", where=name, remedy="Leave it out, or give both.")
         return signals.run(_restore(arguments))
+    if arguments.machine:
+        what = "one disk is served, and a machine may have several"
+        raise UsageError(what, where="--instant", remedy="Leave --machine out, and name a --disk.")
     if arguments.format not in ("", "qcow2") or arguments.compress:
         what = "an instant restore makes a plain qcow2 file"
         raise UsageError(what, where="--instant", remedy="Leave --format and --compress out.")
@@ -106,16 +130,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _restore(arguments: argparse.Namespace) -> int:
-    from qmpnbd.backup.destination import destination
-    from qmpnbd.backup.restore import RestoreOptions, restore
+    from qmpnbd.backup.restore import RestoreOptions
     from qmpnbd.cli.copy import progress_text
     from qmpnbd.cli.progressline import Line
     from qmpnbd.deadline import Deadline
-    from qmpnbd.report.jsontext import document_json
-    from qmpnbd.report.restore import restore_document, restore_text
-    from qmpnbd.validate.live import in_thread
 
-    deadline, to = Deadline(arguments.timeout), destination(arguments.target, arguments.format)
+    deadline = Deadline(arguments.timeout)
     with contextlib.nullcontext() if not arguments.progress else Line() as line:
         choice = RestoreOptions(
             force=arguments.force,
@@ -124,9 +144,37 @@ async def _restore(arguments: argparse.Namespace) -> int:
             progress=None if line is None else lambda progress: line.show(partial(progress_text, progress)),
             tls=options.tls(arguments),
         )
-        done = await in_thread(partial(restore, wanted(arguments), to, choice, deadline), deadline)
+        return await (_machine if arguments.machine else _disk)(arguments, choice, deadline)
+
+
+async def _disk(arguments: argparse.Namespace, choice: RestoreOptions, deadline: Deadline) -> int:
+    from qmpnbd.backup.destination import destination
+    from qmpnbd.backup.restore import restore
+    from qmpnbd.report.jsontext import document_json
+    from qmpnbd.report.restore import restore_document, restore_text
+    from qmpnbd.validate.live import in_thread
+
+    to = destination(arguments.target, arguments.format)
+    done = await in_thread(partial(restore, wanted(arguments), to, choice, deadline), deadline)
     document = restore_document(arguments.repository, done)
     output.write([document_json(document) if arguments.json else restore_text(document)])
+    return 0
+
+
+async def _machine(arguments: argparse.Namespace, choice: RestoreOptions, deadline: Deadline) -> int:
+    from qmpnbd.backup.destination import Destination
+    from qmpnbd.backup.restore_machine import WantedMachine, restore_machine
+    from qmpnbd.report.jsontext import document_json
+    from qmpnbd.report.restore import machine_document, machine_text
+    from qmpnbd.validate.live import in_thread
+
+    if arguments.disk:
+        raise UsageError("all disks are restored", where="--disk", remedy="Leave it out, or --machine.")
+    which = WantedMachine(arguments.repository, arguments.which, arguments.chain, tuple(arguments.template))
+    to = Destination(arguments.target, arguments.format if arguments.format else "qcow2")
+    work = partial(restore_machine, which, to, choice, deadline)
+    document = machine_document(arguments.repository, await in_thread(work, deadline))
+    output.write([document_json(document) if arguments.json else machine_text(document)])
     return 0
 
 

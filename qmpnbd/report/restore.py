@@ -7,8 +7,9 @@ from typing import Any
 
 from qmpnbd.backup.point import Point
 from qmpnbd.backup.restore import Restored
+from qmpnbd.backup.restore_machine import RestoredMachine
 from qmpnbd.printable import printable as shown
-from qmpnbd.report.model import RestoredLayerEntry, RestoreDocument
+from qmpnbd.report.model import RestoredFileEntry, RestoredLayerEntry, RestoreDocument, RestoreMachineDocument
 from qmpnbd.report.sizes import human_size
 
 
@@ -60,6 +61,32 @@ def _layers(point: Point) -> Iterator[RestoredLayerEntry]:
         yield RestoredLayerEntry(
             backup=backup.manifest.id, number=backup.manifest.number, kind=disk.kind, file=str(backup.path / disk.file)
         )
+
+
+def machine_document(repository: str, restored: RestoredMachine) -> RestoreMachineDocument:
+    """Describes the restore of a whole machine."""
+    manifest = restored.backup.manifest
+    return RestoreMachineDocument(
+        repository=repository,
+        chain=manifest.chain,
+        backup=manifest.id,
+        number=manifest.number,
+        created=manifest.created,
+        target=restored.target,
+        seconds=restored.seconds,
+        disks=tuple(restore_document(repository, each) for each in restored.disks),
+        files=tuple(RestoredFileEntry(name=each.name, file=each.file, bytes=each.bytes) for each in restored.files),
+    )
+
+
+def machine_text(document: RestoreMachineDocument) -> str:
+    """Returns the result of the restore of a whole machine."""
+    lines = [line for disk in document.disks for line in _lines(disk)]
+    lines += [
+        shown(f"{file.name}: {human_size(file.bytes)} in {document.target}/{file.file}, proved")
+        for file in document.files
+    ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def restore_text(document: RestoreDocument) -> str:

@@ -51,7 +51,13 @@ from qmpnbd.report.model.repository import (
     StoredChainEntry,
     StoredDiskEntry,
 )
-from qmpnbd.report.model.restore import RestoredLayerEntry, RestoreDocument, RestoreForm
+from qmpnbd.report.model.restore import (
+    RestoredFileEntry,
+    RestoredLayerEntry,
+    RestoreDocument,
+    RestoreForm,
+    RestoreMachineDocument,
+)
 from qmpnbd.report.model.status import RunEntry, StatusDocument, ThingEntry
 from qmpnbd.report.model.validate import (
     ComparedEntry,
@@ -139,6 +145,8 @@ __all__ = [
     "RepositoryVerdict",
     "RestoreDocument",
     "RestoreForm",
+    "RestoreMachineDocument",
+    "RestoredFileEntry",
     "RestoredLayerEntry",
     "RunEntry",
     "SecondReadingEntry",
@@ -177,6 +185,7 @@ DOCUMENTS: tuple[type[Document], ...] = (
     BitmapsDocument,
     RepositoryDocument,
     RestoreDocument,
+    RestoreMachineDocument,
     VerifyDocument,
     ErrorDocument,
     DiskLine,

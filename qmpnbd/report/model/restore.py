@@ -67,3 +67,44 @@ class RestoreDocument(Document):
     seconds: float | None = None
     uri: str = ""
     layers: tuple[RestoredLayerEntry, ...]
+
+
+class RestoredFileEntry(Part):
+    """A file that is kept beside the disks.
+
+    Attributes:
+        name: what it is: ``machine``, or the device whose content it holds.
+        file: its name in the folder.
+        bytes: bytes in it.
+    """
+
+    name: str
+    file: str
+    bytes: int
+
+
+class RestoreMachineDocument(Document):
+    """The result of ``qmpnbd restore --machine``.
+
+    Attributes:
+        repository: the repository.
+        chain: the chain.
+        backup: id of the backup.
+        number: its number in the chain.
+        created: its instant, in UTC.
+        target: the folder that was made.
+        seconds: how long it took.
+        disks: the disks, each as ``qmpnbd restore`` describes it.
+        files: what was kept beside them.
+    """
+
+    schema_: Literal["qmpnbd.restore-machine/1"] = Field(default="qmpnbd.restore-machine/1", alias="schema")
+    repository: str
+    chain: str
+    backup: str
+    number: int
+    created: str
+    target: str
+    seconds: float
+    disks: tuple[RestoreDocument, ...]
+    files: tuple[RestoredFileEntry, ...]

@@ -1,0 +1,38 @@
+"""The SHA-256 of a whole file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Final
+
+from qmpnbd.deadline import Deadline
+from qmpnbd.images.hostfile import HostFile
+from qmpnbd.printable import printable
+
+_CHUNK: Final = 1 << 20
+
+
+def chunks_of(path: str, deadline: Deadline) -> Iterator[tuple[int, memoryview]]:
+    """Yields a file from its beginning to its end: offset and bytes, which are good until the next are asked for.
+
+    Raises:
+        ImageError: the file is missing, cannot be read, or is no file.
+        DeadlineError: the time ran out.
+    """
+    where = printable(path)
+    buffer = memoryview(bytearray(_CHUNK))
+    with HostFile(path, where) as file:
+        at = 0
+        while count := file.read_into(buffer, at):
+            deadline.check("a file to be read", where)
+            yield at, buffer[:count]
+            at += count
+
+
+def sha256_of(path: str, deadline: Deadline) -> str:
+    """Returns the SHA-256 of a file as hexadecimal digits; raises as `chunks_of`."""
+    found = hashlib.sha256()
+    for _, data in chunks_of(path, deadline):
+        found.update(data)
+    return found.hexdigest()
