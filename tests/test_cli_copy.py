@@ -171,3 +171,62 @@ def test_killed_at_any_moment_there_is_the_whole_disk_or_nothing(here: Path, dis
             qemu_img("compare", "-q", "-f", "raw", disk, target)
         for left in here.iterdir():
             left.unlink()
+
+
+def resumed(disk: Path, *more: str, code: int = 0) -> dict[str, object]:
+    return document(
+        qmpnbd("copy", str(disk), "copy.raw", "--format", "raw", "--resume", "--json", *more, code=code).stdout
+    )
+
+
+@contextlib.contextmanager
+def slow_resumable(disk: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A copy that would take eight seconds, each of which is noted."""
+    command = [*COMMAND, str(disk), "copy.raw", "--format", "raw", "--resume", "--rate", "1000000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_copy_that_was_ended_is_resumed(here: Path, disk: Path, number: signal.Signals) -> None:
+    journal = Path(".copy.raw.resume.journal")
+    with slow_resumable(disk) as child:
+        wait_until(lambda: journal.exists() and journal.stat().st_size > 92, "a piece to be noted")
+        resumed(disk, code=84)  # while it lives, nobody else goes on with it
+        child.send_signal(number)
+        child.wait(20)
+    assert not Path("copy.raw").exists()
+    told = resumed(disk, "--verify")
+    before, data = told["resumed_bytes"], told["data_bytes"]
+    assert isinstance(before, int)
+    assert isinstance(data, int)
+    assert before >= MIB
+    assert before + data == 8 * (MIB + 4096)
+    assert Path("copy.raw").read_bytes() == disk.read_bytes()
+    assert [path.name for path in here.iterdir()] == ["copy.raw"]
+
+
+def test_a_copy_that_is_killed_again_and_again_is_the_disk_in_the_end(here: Path, disk: Path) -> None:
+    """At moments that are spread over the start of a run, its proof of what is there, and its first pieces."""
+    for cut in range(8):
+        with slow_resumable(disk) as child, contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.15 + 0.2 * cut)
+    resumed(disk)
+    assert Path("copy.raw").read_bytes() == disk.read_bytes()
+    assert [path.name for path in here.iterdir()] == ["copy.raw"]
+
+
+def test_an_export_is_resumed_only_if_somebody_says_that_it_has_not_changed(
+    here: Path, folder: Path, disk: Path
+) -> None:
+    with qemu_nbd(folder, "-r", "-f", "raw", str(disk)) as uri:
+        told = qmpnbd("copy", str(uri), "copy.raw", "--resume", code=2).stderr
+        assert "--source-unchanged" in told
+        qmpnbd("copy", str(uri), "copy.raw", "--resume", "--source-unchanged")
+    assert Path("copy.raw").read_bytes() == disk.read_bytes()
+    qmpnbd("copy", str(disk), "other.raw", "--format", "raw", "--source-unchanged", code=2)
+    qmpnbd("copy", str(disk), "other.qcow2", "--format", "raw", "--resume", code=2)
+    assert [path.name for path in here.glob("*other*")] == []

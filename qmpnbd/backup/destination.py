@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from qmpnbd.backup.nbd_target import CONNECTIONS, NbdTarget
 from qmpnbd.backup.qcow2_target import Compression, Qcow2Target
@@ -21,6 +21,8 @@ from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.uri import is_nbd_uri
 from qmpnbd.printable import printable
+
+T = TypeVar("T", bound=Target)
 
 Form = Literal["raw", "qcow2", "chain", "device", "nbd"]
 
@@ -88,7 +90,7 @@ def destination(target: str, named: Literal["", "raw", "qcow2", "chain"]) -> Des
 
 
 @contextlib.contextmanager
-def discarding(target: Target) -> Iterator[Target]:
+def discarding(target: T) -> Iterator[T]:
     """Has a target discarded unless all goes well."""
     try:
         yield target

@@ -73,6 +73,7 @@ class NewFile:
     Args:
         path: the name it is to have.
         force: whether a file that has the name may be replaced, in the end.
+        resumable: whether to go on with what an earlier run has left, which may be anything, and to keep it (`keep`).
 
     Attributes:
         fd: what it is written through.
@@ -80,11 +81,11 @@ class NewFile:
         beside: the name it has until it is published.
 
     Raises:
-        TargetInUseError: the name is taken, or its file is in use.
+        TargetInUseError: the name is taken, or its file is in use, or another run goes on with what was left.
         TargetError: it cannot be made.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, force: bool = False, resumable: bool = False) -> None:
         self.where = printable(os.fspath(path))
         self.fd = -1
         with told("cannot be made", self.where):
@@ -92,7 +93,11 @@ class NewFile:
             self._place = place.resolve() if place.is_symlink() else place
             mode = self._replaced(force=force)
             parts.clear(self._place)
-            self.fd, self.beside = parts.make_file(self._place)
+            made = parts.resume_file(self._place) if resumable else parts.make_file(self._place)
+            if made is None:
+                what, remedy = "another run copies there", "Wait until it has ended, or choose another name."
+                raise TargetInUseError(what, where=self.where, remedy=remedy)
+            self.fd, self.beside = made
             os.fchmod(self.fd, mode)
 
     def _replaced(self, *, force: bool) -> int:
@@ -168,6 +173,7 @@ class NewFile:
             else:
                 self._link()
             self._close()
+            parts.clear_resumable(self._place)
             folder = os.open(self._place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(folder)
@@ -187,6 +193,11 @@ class NewFile:
             self.beside.rename(self._place)  # a file system without links
         else:
             self.beside.unlink()
+
+    def keep(self) -> None:
+        """Closes the file, and leaves it where it is; may be called twice."""
+        if self.fd >= 0:
+            self._close()
 
     def discard(self) -> None:
         """Removes the file unless it was published; never fails, may be called twice."""

@@ -4,6 +4,8 @@
 
     .disk.qcow2.3f9a01c7.part    locked (flock) by the run that writes it
                                  unlocked: that run was killed, and the next one for the same place removes it
+    .disk.qcow2.resume.part      the same of a copy that can be resumed, with .disk.qcow2.resume.journal; it stays until
+                                 something else has got the name
 
 A lock that a file system does not have is never free, so that nothing is removed there.
 """
@@ -21,6 +23,7 @@ from typing import Final
 
 SUFFIX: Final = ".part"
 
+_RESUME: Final = "resume"
 _RANDOM_BYTES: Final = 4
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -46,6 +49,43 @@ def make_file(place: Path) -> tuple[int, Path]:
         if is_claimed(fd, part):
             return fd, part
         os.close(fd)
+
+
+def resume_file(place: Path) -> tuple[int, Path] | None:
+    """Opens what a copy that can be resumed has made beside a place, or makes it; otherwise as `make_file`.
+
+    Returns:
+        As `make_file`; None if another run works on it.
+    """
+    part = _resumed(place)
+    while True:
+        fd = os.open(part, os.O_CREAT | _FILE, 0o600)
+        claimed = is_claimed(fd, part)
+        if claimed and os.fstat(fd).st_nlink == 1:
+            return fd, part
+        if claimed:  # a run was killed when the file had its name already, and under that nobody writes to it any more
+            part.unlink()
+        os.close(fd)
+        if not claimed and part.exists():
+            return None
+
+
+def journal_of(part: Path) -> Path:
+    """Returns the name of the journal that goes with a part that can be resumed."""
+    return part.with_suffix(".journal")
+
+
+def _resumed(place: Path) -> Path:
+    return place.with_name(f".{place.name}.{_RESUME}{SUFFIX}")
+
+
+def clear_resumable(place: Path) -> None:
+    """Removes what a copy that could have been resumed has left beside a place, and does not work on; never fails."""
+    part = _resumed(place)
+    with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
+            _remove_unlocked(part)
+        journal_of(part).unlink(missing_ok=True)
 
 
 def make_folder(place: Path) -> tuple[int, Path]:

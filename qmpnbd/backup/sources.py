@@ -248,6 +248,22 @@ class ImageSource:
                 what = "a running QEMU writes to it, and a copy would be of no one moment"
                 raise ImageChangedError(what, where=printable(layer.path), remedy=remedy)
 
+    def identity(self) -> str:
+        """Returns what tells these files, as they are now, from others and from what they were before a write.
+
+        Numbers of devices are no part of it: some are others after a restart.
+
+        Returns:
+            Numbers, sizes and times of change; empty if a block device is among them, which has no such time.
+
+        Raises:
+            ImageError: a file cannot be looked at.
+        """
+        files = [file for member in self._chain.members for file in (member.file, member.data)]
+        if any(file.identity[0] == "device" for file in files):
+            return ""
+        return " ".join(f"{each.st_ino}:{each.st_size}:{each.st_mtime_ns}" for each in (f.status() for f in files))
+
     def close(self) -> None:
         """Closes the files; may be called twice."""
         self._chain.close()

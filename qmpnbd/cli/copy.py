@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qmpnbd.cli import options, output
 from qmpnbd.cli.progressline import Line
+from qmpnbd.errors import UsageError
 
 if TYPE_CHECKING:
     from qmpnbd.backup.copy import Progress
@@ -18,6 +19,7 @@ EXAMPLES = (
     ("qmpnbd copy nbd+unix:///disk?socket=/run/vm.nbd disk.qcow2", "an export to an image"),
     ("qmpnbd copy disk.qcow2 /dev/vg/disk --force --verify", "an image over a block device, read back and compared"),
     ("qmpnbd copy disk.raw packed.qcow2 --format raw --compress", "a smaller image"),
+    ("qmpnbd copy disk.qcow2 /mnt/nas/disk.raw --resume", "go on with a copy that was ended, or begin one"),
 )
 """Command lines, and what they are for."""
 
@@ -51,6 +53,18 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--verify", action="store_true", help="read back what was written, and compare hashes, before it has its name"
     )
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what was copied if the copy is ended or killed, and go on there; what does not have its hash any "
+        "more is copied again (to raw files)",
+    )
+    parser.add_argument(
+        "--source-unchanged",
+        action="store_true",
+        help="with --resume: SOURCE, an export or a device, which cannot tell it, holds what it held when the copy was "
+        "begun",
+    )
+    parser.add_argument(
         "--rate", type=options.positive, metavar="BYTES", help="bytes of data a second, at most (default: no limit)"
     )
     parser.add_argument(
@@ -77,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qmpnbd.cli.stopping import stopped_by_signals
     from qmpnbd.deadline import Deadline
 
+    if arguments.source_unchanged and not arguments.resume:
+        raise UsageError("only with --resume", where="--source-unchanged", remedy="Leave it out, or give both.")
     tls, deadline = options.tls(arguments), Deadline(arguments.timeout)
     to = destination(arguments.target, arguments.target_format)
     terms = TargetTerms(
@@ -92,8 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
             prove=arguments.verify,
             bytes_per_second=arguments.rate,
             progress=None if line is None else lambda progress: line.show(partial(progress_text, progress)),
+            resume=arguments.resume,
         )
-        origin = Origin(arguments.source, arguments.format, arguments.connections or 1, tls)
+        connections, unchanged = arguments.connections or 1, arguments.source_unchanged
+        origin = Origin(arguments.source, arguments.format, connections, tls, unchanged)
         with stopped_by_signals(deadline):
             done = copy_disk(origin, to, choice, deadline)
     if arguments.json:

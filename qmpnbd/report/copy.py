@@ -24,5 +24,6 @@ def copy_document(source: str, target: str, form: Form, done: WholeCopy) -> Copy
         data_bytes=done.copied.data_bytes,
         zero_bytes=done.copied.zero_bytes,
         read_back_bytes=done.read_back_bytes,
+        resumed_bytes=done.resumed_bytes,
         seconds=done.copied.seconds,
     )

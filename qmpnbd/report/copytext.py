@@ -14,8 +14,9 @@ def copy_text(source: str, target: str, form: Form, done: WholeCopy) -> str:
     proved = ""
     if done.read_back_bytes is not None:
         proved = f"; {human_size(done.read_back_bytes)} read back and proved"
+    before = f"; {human_size(done.resumed_bytes)} of data were there already" if done.resumed_bytes else ""
     return (
         f"{printable(source)}: copied to {printable(target)} ({form})\n"
         f"  {human_size(done.size)}: {human_size(copied.data_bytes)} of data and "
-        f"{human_size(copied.zero_bytes)} of zeroes, in {copied.seconds:.1f} s{proved}\n"
+        f"{human_size(copied.zero_bytes)} of zeroes, in {copied.seconds:.1f} s{before}{proved}\n"
     )

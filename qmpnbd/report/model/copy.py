@@ -22,6 +22,7 @@ class CopyDocument(Document):
         data_bytes: bytes that were read and written.
         zero_bytes: bytes that read as zeroes, and were not written where that could be done.
         read_back_bytes: bytes that were read back and proved; null if that was not asked for.
+        resumed_bytes: bytes of data that an earlier run had copied, and that were proved; null without ``--resume``.
         seconds: from the first byte read to the last one handed to the target.
     """
 
@@ -33,4 +34,5 @@ class CopyDocument(Document):
     data_bytes: int
     zero_bytes: int
     read_back_bytes: int | None = None
+    resumed_bytes: int | None = None
     seconds: float

@@ -266,6 +266,8 @@ complete -c qmpnbd -n '__fish_seen_subcommand_from copy' -l compress -d 'compres
 complete -c qmpnbd -n '__fish_seen_subcommand_from copy' -l cluster-size -x -d 'of qcow2 (default: 65536)'
 complete -c qmpnbd -n '__fish_seen_subcommand_from copy' -l force -d 'overwrite TARGET; not if it is in use'
 complete -c qmpnbd -n '__fish_seen_subcommand_from copy' -l verify -d 'read back what was written, and compare hashes, before it has its name'
+complete -c qmpnbd -n '__fish_seen_subcommand_from copy' -l resume -d 'keep what was copied if the copy is ended or killed, and go on there; what does not have its hash any more is copied again (to raw files)'
+complete -c qmpnbd -n '__fish_seen_subcommand_from copy' -l source-unchanged -d 'with --resume: SOURCE, an export or a device, which cannot tell it, holds what it held when the copy was begun'
 complete -c qmpnbd -n '__fish_seen_subcommand_from copy' -l rate -x -d 'bytes of data a second, at most (default: no limit)'
 complete -c qmpnbd -n '__fish_seen_subcommand_from copy' -l connections -x -d 'to each NBD server that keeps several coherent, at most (default: 1 to read, 4 to write)'
 complete -c qmpnbd -n '__fish_seen_subcommand_from copy' -l progress -d 'show on stderr how far it is'
