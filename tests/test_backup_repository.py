@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmpnbd.backup import repository_lock
 from qmpnbd.backup.check import check
 from qmpnbd.backup.content import ABSENT, DATA, PIECE, ZERO, pieces
 from qmpnbd.backup.copy import CopyOptions
 from qmpnbd.backup.hashes import DIGEST, Hashes
 from qmpnbd.backup.layout import FILE_NAME, BackupName, backup_of, stem_of
+from qmpnbd.backup.locks import is_locked
 from qmpnbd.backup.manifest import TemplateEntry
 from qmpnbd.backup.prune import carry_out, choose_without
 from qmpnbd.backup.repository import Repository, chain_of
+from qmpnbd.backup.repository_lock import Holder
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import (
     NoSuchBackupError,
@@ -161,6 +166,24 @@ class TestLock:
             (repository.path / ".lock").write_bytes(content)
             with pytest.raises(RepositoryBusyError, match="does not say who"), repository.lock("another"):
                 pass
+
+    def test_whether_it_is_held_can_be_asked_without_being_in_anybodys_way(
+        self, repository: Repository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also not for the moment of the question, and where a killed run's number is another process's now."""
+        asked = []
+
+        def ask(fd: int) -> bool:
+            dead = Holder(os.getpid(), os.uname().nodename, "", "a backup")
+            (repository.path / ".lock").write_text(json.dumps(asdict(dead)))
+            with Repository.open(repository.path).lock("another"):
+                asked.append(is_locked(fd))
+            return is_locked(fd)
+
+        with repository.lock("a backup"):
+            assert repository.is_held()
+        monkeypatch.setattr(repository_lock, "is_locked", ask)
+        assert (repository.is_held(), asked) == (False, [True])
 
     def test_whoever_changes_something_has_to_hold_it(self, repository: Repository) -> None:
         for change in (lambda: repository.begin(CHAIN, "00000001", 1), repository.recover):

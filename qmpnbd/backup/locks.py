@@ -31,6 +31,19 @@ def is_locked(fd: int, start: int = 0, length: int = 0) -> bool:
     return bool(kind != fcntl.F_UNLCK)
 
 
+def take(fd: int) -> bool:
+    """Locks a whole file, which must be open for writing, until it is closed; returns whether that could be done.
+
+    Unlike flock's, such a lock can be asked for (`is_locked`) without taking it, so that who asks is in nobody's way.
+    """
+    wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: fcntl(2) allows either
+        return False
+    return True
+
+
 def is_written_to(path: str | os.PathLike[str]) -> bool:
     """Returns whether a QEMU has an image open for writing.
 

@@ -1,7 +1,8 @@
 """The locks of a repository: one run writes at a time, and says who it is; who reads keeps files from being removed.
 
-The kernel holds a lock (flock) and frees it when the run ends, however it ends. What stands in the writer's file is
-for people, and for whoever finds it held; where it names a run although the lock is free, that run was killed.
+The kernel holds a lock and frees it when the run ends, however it ends: the writer's is one that can be asked for
+without taking it (`qmpnbd.backup.locks`), the readers' is shared (flock). What stands in the writer's file is for
+people, and for whoever finds it held; where it names a run although the lock is free, that run was killed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qmpnbd.backup.durable import told
+from qmpnbd.backup.locks import is_locked, take
 from qmpnbd.backup.manifest import now
 from qmpnbd.errors import RepositoryBusyError
 from qmpnbd.printable import printable
@@ -124,7 +126,7 @@ def is_held(path: Path) -> bool:
     except OSError:
         return False
     with _shut(file):
-        return not _locked(file, fcntl.LOCK_SH)
+        return is_locked(file)
 
 
 @contextlib.contextmanager
@@ -146,11 +148,10 @@ def _locked(file: int, kind: int) -> bool:
 def _taken(file: int, path: Path) -> Holder | None:
     """Takes the lock; returns the run that was killed while it held it.
 
-    A run that has just taken it, or is giving it up, does not say who it is, and whoever asks `is_held` has it for an
-    instant: that is waited for.
+    A run that has just taken it, or is giving it up, does not say who it is: that is waited for.
     """
     end = time.monotonic() + _SILENT_SECONDS
-    while not _locked(file, fcntl.LOCK_EX):
+    while not take(file):
         holder = _holder(file)
         if (holder is not None and not _has_ended(holder)) or time.monotonic() > end:
             raise _busy(holder, path)
