@@ -11,6 +11,8 @@ import pytest
 
 from qmpnbd.backup.plan import Wish
 from qmpnbd.backup.run import BackedUp
+from qmpnbd.backup.template import open_template
+from qmpnbd.deadline import Deadline
 from tests.backups import BackupMachine, new_images, quit_in_order, running
 from tests.instants import SIZE, UNIT
 from tests.qemu_versions import QemuBinaries, each_qemu
@@ -269,7 +271,13 @@ def test_a_shallow_backup_holds_the_active_layer_over_its_template(binaries: Qem
         template = done.disks[0].entry.template
         assert template is not None
         assert template.path == str(folder / "d0-1.qcow2")
+        open_template(template, template.path, Deadline(60)).close()
+        assert template.sha256
         assert machine.is_right(done.backup)
+        again = machine.back_up(Wish("full", shallow=True))
+        assert again.disks[0].entry.template == template
+        sizes = machine.back_up(Wish("full", shallow=True), proof="sizes")
+        assert sizes.disks[0].entry.template == template.model_copy(update={"sha256": ""})
         write(machine, 2)
         done = machine.back_up(Wish(shallow=True))
         assert told(done) == [INCREMENT, INCREMENT]

@@ -321,7 +321,7 @@ def test_a_shallow_layer_is_held_against_its_template(repository: Repository, tm
     assert check(repository, None, content=True, deadline=Deadline(60)).findings == ()
     os.utime(template)
     (finding,) = check(repository, None, content=True, deadline=Deadline(60)).findings
-    assert "written since" in finding.what
+    assert "written to since" in finding.what
     template.unlink()
     (finding,) = check(repository, None, content=True, deadline=Deadline(60)).findings
     assert "missing" in finding.what or "cannot be read" in finding.what

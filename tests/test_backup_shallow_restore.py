@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +11,13 @@ import pytest
 
 from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.destination import Form, destination
+from qmpnbd.backup.fingerprint import sha256_of_disk
 from qmpnbd.backup.instantly import InstantOptions, instant_restore
 from qmpnbd.backup.manifest import TemplateEntry
 from qmpnbd.backup.repository import Repository
 from qmpnbd.backup.restore import Restored, RestoreOptions, restore
+from qmpnbd.backup.sources import ImageSource
+from qmpnbd.backup.template import with_sha256
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import RepositoryDamagedError, UsageError
 from tests.chains import converted
@@ -52,8 +55,13 @@ def entry_of(template: Path, form: str, *, hashed: bool = True) -> TemplateEntry
         size=6 << 20,
         file_bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
-        sha256=hashlib.sha256(template.read_bytes()).hexdigest() if hashed else "",
+        sha256=digest_of(template, form) if hashed else "",
     )
+
+
+def digest_of(image: Path, form: str) -> str:
+    with ImageSource.open(str(image), format=form, deadline=Deadline(60)) as source:
+        return sha256_of_disk(source, Deadline(60))
 
 
 def restored(repository: Repository, template: str, target: Path, form: Form) -> Restored:
@@ -98,6 +106,52 @@ def test_another_template_is_refused(tmp_path: Path, change: str, hashed: bool) 
     with pytest.raises(RepositoryDamagedError, match="template"):
         restored(repository, str(template), tmp_path / "disk.raw", "raw")
     assert not (tmp_path / "disk.raw").exists()
+
+
+def test_what_lies_below_a_template_is_part_of_it_and_times_are_not(tmp_path: Path) -> None:
+    """A template is an overlay often; one that was copied to another host has new times."""
+    qemu_img("create", "-q", "-f", "raw", tmp_path / "below", "6M")
+    qemu_io(tmp_path / "below", "write -P 1 0 3M", format="raw")
+    template = tmp_path / "template"
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", "below", template)
+    qemu_io(template, "write -P 2 1M 64k")
+    repository, backup = backed_up(tmp_path, entry_of(template, "qcow2"))
+    os.utime(template, (1, 1))
+    restored(repository, str(template), tmp_path / "disk.qcow2", "qcow2")
+    assert converted(tmp_path / "disk.qcow2", tmp_path) == converted(backup.image("vda"), tmp_path)
+    qemu_io(tmp_path / "below", "write -P 3 2M 512", format="raw")
+    with pytest.raises(RepositoryDamagedError, match="it holds something else"):
+        restored(repository, str(template), tmp_path / "other.qcow2", "qcow2")
+    told = document(qmpnbd("repository", "check", repository.path, "--content", "--json", code=1).stdout)
+    assert "it holds something else" in str(told["findings"])
+
+
+def test_the_digest_of_a_disk_is_that_of_what_is_read_from_it(tmp_path: Path) -> None:
+    """Whatever holds it, and whether its zeroes are holes; and any change is another one."""
+    content = bytes(1 << 20) + b"\1" * (1 << 20) + bytes(3 << 20) + b"\2" * 512
+    (tmp_path / "full").write_bytes(content)
+    for form, options in (("raw", ["-S", "4k"]), ("qcow2", []), ("qcow2", ["-c"])):
+        image = tmp_path / f"{form}{len(options)}"
+        qemu_img("convert", "-f", "raw", "-O", form, *options, tmp_path / "full", image)
+        assert digest_of(image, form) == digest_of(tmp_path / "full", "raw")
+    found = {digest_of(tmp_path / "full", "raw")}
+    for changed in (content + bytes(512), b"\1" + content[1:], content[::-1]):
+        (tmp_path / "full").write_bytes(changed)
+        found.add(digest_of(tmp_path / "full", "raw"))
+    assert len(found) == 4
+
+
+def test_a_template_is_read_once_and_again_only_after_it_was_written_to(tmp_path: Path) -> None:
+    template = tmp_path / "template"
+    template.write_bytes(b"\1" * (6 << 20))
+    entry = entry_of(template, "raw", hashed=False)
+    known = entry.model_copy(update={"sha256": "0" * 64})
+    assert with_sha256(entry, [None, entry, known], Deadline(60)) is known
+    os.utime(template, (1, 1))
+    now = entry_of(template, "raw")
+    assert with_sha256(now.model_copy(update={"sha256": ""}), [known], Deadline(60)) == now
+    template.unlink()
+    assert with_sha256(entry, [], Deadline(60)) is entry
 
 
 def test_a_shallow_backup_can_be_used_at_once(made: Made, tmp_path: Path, folder: Path) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.check_rules import Finding, Rule
 from qmpnbd.backup.content import aligned
-from qmpnbd.backup.fingerprint import sha256_of
 from qmpnbd.backup.hashes import Hashes
 from qmpnbd.backup.layer import Layer
 from qmpnbd.backup.layout import backing_name
 from qmpnbd.backup.manifest import ManifestDisk, TemplateEntry
 from qmpnbd.backup.repository import base_of
+from qmpnbd.backup.template import open_template
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ImageError, QmpnbdError, RepositoryDamagedError
 from qmpnbd.images.check_file import check_image
@@ -104,20 +102,10 @@ class DiskCheck:
                 yield self._told(Rule.CONTENT, path, what, (offset, offset + length))
 
     def _template(self, template: TemplateEntry) -> Iterator[Finding]:
-        what = ""
         try:
-            status = os.stat(template.path)  # noqa: PTH116 (a name as QEMU has it is text, not a tidied path)
-            if stat.S_ISREG(status.st_mode) and status.st_size != template.file_bytes:
-                what = f"the template has {status.st_size} bytes, and had {template.file_bytes}"
-            elif self._content and template.sha256:
-                if sha256_of(template.path, self._deadline) != template.sha256:
-                    what = "the template was changed: its hash is another one"
-            elif status.st_mtime_ns != template.mtime_ns:
-                what = "the template was written since"
-        except (OSError, ValueError, ImageError) as error:
-            what = f"the template cannot be read: {error}"
-        if what:
-            yield self._told(Rule.TEMPLATE, Path(template.path), what)
+            open_template(template, template.path, self._deadline, read=self._content).close()
+        except RepositoryDamagedError as error:
+            yield self._finding(Rule.TEMPLATE, error)
 
     def _finding(self, rule: Rule, error: QmpnbdError) -> Finding:
         return Finding(

@@ -89,7 +89,7 @@ class TemplateEntry(_Stored):
         size: bytes of its disk.
         file_bytes: bytes of its file.
         mtime_ns: when it was written last, in nanoseconds since 1970; a template does not change.
-        sha256: of its bytes; empty if they were not read.
+        sha256: of the disk that it holds with all below it (`qmpnbd.backup.fingerprint`); empty if that was not read.
     """
 
     path: Text

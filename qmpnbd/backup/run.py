@@ -34,6 +34,7 @@ from qmpnbd.backup.plan import Wish
 from qmpnbd.backup.prove_layer import prove_layer
 from qmpnbd.backup.repository import Repository
 from qmpnbd.backup.storing import StoredDisk, Storing
+from qmpnbd.backup.template import with_sha256
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import TargetError
 from qmpnbd.qmp.address import MonitorAddress
@@ -146,6 +147,7 @@ class _Run:
                 stored, extras = await self._write(begun, draft, shelf)
                 await begun.release()
                 await self._prove(stored)
+                stored = await self._identified(stored, shelf)
                 manifest = self._manifest(begun, shelf, created, stored, extras)
             except BaseException as error:
                 _discard(draft, error)
@@ -191,6 +193,24 @@ class _Run:
                 prove_layer(each.path, each.hashes, self._deadline, read_data=read_data)
 
         await self._stoppable(work)
+
+    async def _identified(self, stored: Sequence[StoredDisk], shelf: Shelf) -> tuple[StoredDisk, ...]:
+        """Adds to the templates of shallow layers what proves them later; they are read once, not for each backup."""
+        if self._choice.proof != "hashes":
+            return tuple(stored)
+
+        def work() -> tuple[StoredDisk, ...]:
+            known = [disk.template for backup in shelf.backups.values() for disk in backup.manifest.disks]
+            found = []
+            for each in stored:
+                template = each.entry.template
+                if template is not None:
+                    template = with_sha256(template, known, self._deadline)
+                    known.append(template)
+                found.append(replace(each, entry=each.entry.model_copy(update={"template": template})))
+            return tuple(found)
+
+        return await self._stoppable(work)
 
     def _manifest(
         self,
