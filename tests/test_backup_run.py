@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from qmpnbd.backup.begin import BeginOptions
+from qmpnbd.backup.copy import Progress
 from qmpnbd.backup.plan import Wish
 from qmpnbd.backup.repository import Repository
 from qmpnbd.backup.run import BackupOptions, back_up
+from qmpnbd.nbd.client import Client
 from qmpnbd.qmp.checkpoints import Change, change_checkpoints
 from qmpnbd.qmp.planning import Wishes
 from tests.backups import CHAIN, new_images, restless, restored, running
@@ -54,6 +56,37 @@ def test_shallow_and_compared_layers_are_of_one_instant_too(binaries: QemuBinari
         ]  # fmt: skip
         for each in done:
             guest.moment(machine.restored_disks(each.backup))
+
+
+@each_qemu
+@pytest.mark.parametrize("wish", [Wish(), Wish(shallow=True)], ids=["whole", "shallow"])
+def test_what_the_guest_discards_during_a_backup_is_in_it_and_what_it_reads_afterwards_in_the_next(
+    binaries: QemuBinaries, folder: Path, wish: Wish
+) -> None:
+    """Whatever QEMU makes of a discard while a point in time is held, and in between."""
+    with running(binaries, folder, new_images(binaries, folder)) as machine:
+        for disk in machine.disks:
+            machine.write(disk, 0, b"discarded later" * UNIT)
+        before, discarded = machine.contents(), []
+
+        def discard(disk: str, _: Progress) -> None:
+            if disk not in discarded:
+                discarded.append(disk)
+                with Client.connect(machine.guest_uris()[machine.disks.index(disk)]) as guest:
+                    guest.trim(0, 4 * UNIT)
+                    guest.write(8 * UNIT, b"new" * UNIT)
+                    guest.trim(9 * UNIT, UNIT)
+                    guest.write_zeroes(12 * UNIT, UNIT)
+
+        done = machine.back_up(wish, progress=discard)
+        assert discarded == machine.disks
+        assert machine.is_right(done.backup, before)
+        discarded.clear()
+        with Client.connect(machine.guest_uris()[0]) as guest:
+            guest.trim(UNIT, UNIT)  # with no point in time held: it reads as zeroes, or as what lies below
+        before = machine.contents()
+        assert machine.is_right(machine.back_up(progress=discard).backup, before)
+        assert machine.is_right(machine.back_up().backup)
 
 
 def test_compressed_layers_hold_the_same(binaries: QemuBinaries, folder: Path) -> None:
