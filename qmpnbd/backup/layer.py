@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
+from qmpnbd.backup.closes import Closes
 from qmpnbd.backup.content import ABSENT, DATA, PIECE, ZERO, pieces
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ImageUnsupportedError
@@ -34,7 +33,7 @@ _CONTENT = {
 _CONTENT_OF_STATUS = np.array([_CONTENT[status] for status in Status], dtype=np.uint64)
 
 
-class Layer:
+class Layer(Closes):
     """An open layer; a context manager.
 
     Args:
@@ -67,14 +66,6 @@ class Layer:
         self.backing_format = qcow2.backing_format if qcow2 is not None else ""
         self.cluster_size = qcow2.header.cluster_size if qcow2 is not None else 0
         self.has_snapshots = qcow2 is not None and bool(qcow2.header.snapshot_count or qcow2.header.snapshots_offset)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the file; may be called twice."""

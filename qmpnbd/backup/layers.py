@@ -21,11 +21,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 
+from qmpnbd.backup.closes import Closes
 from qmpnbd.backup.content import ABSENT, DATA, PIECE, ZERO, pieces
 from qmpnbd.backup.hashes import Hashes
 from qmpnbd.backup.layer import Layer
@@ -46,7 +46,7 @@ _HELD = np.array(
 )  # by `Status`; what is unreadable is told by reading
 
 
-class StoredLayer:
+class StoredLayer(Closes):
     """The layer of one backup with its hashes; a context manager.
 
     Attributes:
@@ -85,14 +85,6 @@ class StoredLayer:
     def close(self) -> None:
         """Closes the file."""
         self._layer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def require_map(self) -> None:
         """Holds the image's tables against what the backup recorded.
@@ -152,7 +144,7 @@ class StoredLayer:
         return buffer
 
 
-class RestoreSource:
+class RestoreSource(Closes):
     """The disk of a backup, put together of its layers and proved while it is read: a `Source`.
 
     Attributes:
@@ -179,14 +171,6 @@ class RestoreSource:
             self._files.callback(template.close)
         self._owners: ExtentMap | None = None
         self._kept: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the files."""

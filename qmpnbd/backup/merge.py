@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 
 from qmpnbd.backup.backups import Backup
+from qmpnbd.backup.closes import Closes
 from qmpnbd.backup.content import ABSENT, DATA, PIECE, ZERO, aligned, pieces
 from qmpnbd.backup.copy import CopyOptions, copy
 from qmpnbd.backup.hashes import Hashes
@@ -56,7 +56,7 @@ class Stacked:
     where: str
 
 
-class MergedSource:
+class MergedSource(Closes):
     """What several layers hold together; a source of a copy.
 
     Args:
@@ -109,14 +109,6 @@ class MergedSource:
 
     def close(self) -> None:
         """Does nothing: the layers are the caller's."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Window:

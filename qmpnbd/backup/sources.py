@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol, Self
 
 import numpy as np
 
+from qmpnbd.backup.closes import Closes
 from qmpnbd.backup.content import DATA, ZERO
 from qmpnbd.backup.locks import is_written_to
 from qmpnbd.backup.reads import REQUEST, Buffers, assembled, side_by_side
@@ -82,7 +83,7 @@ class Source(Protocol):
     ) -> None: ...
 
 
-class NbdSource:
+class NbdSource(Closes):
     """An export of an NBD server. Make it with `connect`."""
 
     def __init__(self, clients: Sequence[Client], *, tells_zeroes: bool) -> None:
@@ -173,16 +174,8 @@ class NbdSource:
         for client in self._clients:
             client.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class ImageSource:
+class ImageSource(Closes):
     """An image with everything behind it. Make it with `open`, or of a chain that is open already."""
 
     def __init__(self, chain: Chain, where: str) -> None:
@@ -267,14 +260,6 @@ class ImageSource:
     def close(self) -> None:
         """Closes the files; may be called twice."""
         self._chain.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _zero_or_data(flags: U64) -> U64:
