@@ -79,12 +79,12 @@ def destination(target: str, named: Literal["", "raw", "qcow2", "chain"]) -> Des
             found = "device" if stat.S_ISBLK(Path(target).stat().st_mode) else None
     if found is not None:
         if named not in ("", "raw"):
-            remedy = "Leave --format out; a qcow2 image can be restored to a file."
+            remedy = "Leave the format out; a qcow2 image can be a file only."
             raise UsageError(f"it is no place for {named}: it gets the bytes of the disk", where=target, remedy=remedy)
         return Destination(target, found)
     found = named or _ENDINGS.get(Path(target).suffix)
     if found is None:
-        remedy = "Give --format raw, qcow2 or chain."
+        remedy = "Say it with --format (of qmpnbd copy: --target-format), or choose a name that ends in .raw or .qcow2."
         raise UsageError("its name does not tell what it shall be", where=printable(target), remedy=remedy)
     return Destination(target, found)
 

@@ -41,9 +41,6 @@ REMEDY = "Restore an earlier backup that does not stand on it, and have the next
 
 _KEPT_PIECES = 16  # pieces that were read whole for the sake of a part, 1 MiB each
 _WORDS = {ABSENT: "nothing", DATA: "data", ZERO: "zero"}
-_HELD = np.array(
-    [ABSENT, DATA, ZERO, ZERO, DATA, DATA], np.uint64
-)  # by `Status`; what is unreadable is told by reading
 
 
 class StoredLayer(Closes):
