@@ -1,7 +1,8 @@
 """Copies from an NBD export, side by side with nbdcopy and ``qemu-img convert``.
 
-Run it as ``scripts/bench/copy``; ``--only raw,limited,qcow2,zstd,scattered`` for parts, ``--folder`` for where (a tmpfs,
-so that no disk is measured). In ``limited`` the server gives 500 MB/s and no more, as a disk or a network would. Every target is compared with the source once, before anything is timed.
+Run it as ``scripts/bench/copy``; ``--only raw,limited,qcow2,zstd,scattered`` for parts, ``--folder`` for where (a
+tmpfs, so that no disk is measured). In ``limited`` the server gives 500 MB/s and no more, as a disk or a network would.
+Every target is compared with the source once, before anything is timed.
 """
 
 from __future__ import annotations
