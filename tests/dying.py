@@ -74,7 +74,7 @@ async def hold_and_leave(monitor: Monitor, disks: list[str], recipe: Recipe, fol
     with RunDirectory.create(str(folder), for_peer=monitor.peer) as directory:
         wishes, soon = wishes_for(recipe, folder), Deadline(20)
         async with (
-            DepthReader(NbdUri.unix(str(directory.socket_path), ""), soon) as reader,
+            DepthReader(monitor, NbdUri.unix(str(directory.socket_path), ""), soon) as reader,
             point_in_time(monitor, disks, directory, soon, wishes=wishes, before=reader.before) as point,
         ):
             for number, offer in enumerate(point.offers):

@@ -124,20 +124,27 @@ class Snapshots:
         lock: who holds it finds a chain that stands still.
         taken: overlays put on top.
         committed: overlays committed.
+
+    Args:
+        monitor: of the QEMU, for nobody else.
+        folder: where the overlays are made.
+        seed: of what is done when.
+        pauses: the shortest and the longest one, in seconds.
     """
 
-    def __init__(self, monitor: Monitor, folder: Path, seed: int) -> None:
+    def __init__(self, monitor: Monitor, folder: Path, seed: int, pauses: tuple[float, float] = (0.3, 3.0)) -> None:
         self.lock = asyncio.Lock()
         self.taken = self.committed = 0
         self._monitor, self._folder = monitor, folder
         self._dice = random.Random(seed)
+        self._pauses = pauses
         self._stack = ["top"]
         self._number = 0
 
     async def run(self) -> None:
         """Goes on until it is cancelled."""
         while True:
-            await asyncio.sleep(self._dice.uniform(0.3, 3.0))
+            await asyncio.sleep(self._dice.uniform(*self._pauses))
             async with self.lock:
                 if len(self._stack) == 1 or (len(self._stack) < 5 and self._dice.random() < 0.5):
                     await self._snapshot()

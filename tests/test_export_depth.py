@@ -182,10 +182,10 @@ def test_a_handshake_that_fails_at_its_end_harms_no_guest_in_an_iothread(
         raise ending
 
     async def work(address: str) -> None:
-        clients = LastingClients()
         choice = Options(allow=["iothread"], export=ExportOptions(iothread="io"))
         async with exporting(address, ["free"], choice) as session:
             (export,) = session.exports
+            clients = LastingClients(session.monitor)
             monkeypatch.setattr(Haggling, "go", chosen_and_failed)
             with pytest.raises(type(ending)):
                 await clients.connect(export.uri, [DEPTH], SOON)

@@ -62,7 +62,7 @@ async def hold(
     async with await Monitor.connect(str(running.server.qmp), SOON) as monitor:
         with RunDirectory.create(str(running.folder), for_peer=monitor.peer) as directory:
             server = NbdUri.unix(str(directory.socket_path), "")
-            async with DepthReader(server, SOON) as reader:
+            async with DepthReader(monitor, server, SOON) as reader:
 
                 async def before(offers: Sequence[Offer]) -> None:
                     await reader.before(offers)
@@ -191,7 +191,7 @@ def test_a_storage_daemon_with_a_server_of_its_own(binaries: QemuBinaries, folde
                 with RunDirectory.create(str(folder), for_peer=monitor.peer) as directory:
                     wishes = Wishes(start_server=False)
                     async with (
-                        DepthReader(place, SOON) as reader,
+                        DepthReader(monitor, place, SOON) as reader,
                         point_in_time(
                             monitor, ["disk0"], directory, SOON, wishes=wishes, before=reader.before
                         ) as point,

@@ -130,7 +130,7 @@ async def take(server: Server, folder: Path, recipe: Recipe, actions: Sequence[s
         with RunDirectory.create(str(folder), for_peer=monitor.peer) as directory:
             place = NbdUri.unix(str(directory.socket_path), "")
             async with (
-                DepthReader(place, SOON) as reader,
+                DepthReader(monitor, place, SOON) as reader,
                 point_in_time(monitor, DISKS, directory, SOON, wishes=wishes, before=reader.before) as point,
             ):
                 await asyncio.to_thread(go_on, server)

@@ -37,6 +37,7 @@ from qmpnbd.backup.storing import StoredDisk, Storing
 from qmpnbd.backup.template import with_sha256
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import TargetError
+from qmpnbd.export.joining import JoinFromThread
 from qmpnbd.qmp.address import MonitorAddress
 from qmpnbd.qmp.monitor import finish
 from qmpnbd.qmp.pointintime import Statement
@@ -178,7 +179,8 @@ class _Run:
         digest = hashlib.sha256(facts).hexdigest()
         extras = [ExtraFile(name="machine", file="machine.json", bytes=len(facts), sha256=digest)]
         choice = self._choice
-        storing = Storing(draft, shelf.backups, choice.compression, choice.bytes_per_second, choice.progress)
+        join = JoinFromThread(begun.session.monitor, self._deadline)
+        storing = Storing(draft, shelf.backups, choice.compression, choice.bytes_per_second, choice.progress, join)
         for task in begun.flash:
             extras.append(await self._stoppable(partial(storing.flash, task, self._deadline)))
         stored = [await self._stoppable(partial(storing.disk, task, self._deadline)) for task in begun.tasks]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,7 @@ from qmpnbd.backup.targets import Target
 from qmpnbd.backup.task import DiskTask
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ImageError, RepositoryDamagedError, TargetError
+from qmpnbd.export.joining import Join, straight
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.files import open_chain
 from qmpnbd.printable import printable
@@ -50,6 +52,7 @@ class Storing:
         compression: of their data.
         bytes_per_second: of data, at most; None for no limit.
         progress: told how far each disk is; None to tell nobody.
+        join: how to connect to the disks.
     """
 
     draft: Draft
@@ -57,6 +60,7 @@ class Storing:
     compression: Literal["", "zstd"] = ""
     bytes_per_second: int | None = None
     progress: Callable[[str, Progress], None] | None = None
+    join: Join = straight
 
     def disk(self, task: DiskTask, deadline: Deadline) -> StoredDisk:
         """Writes a disk's layer and its hashes.
@@ -66,7 +70,7 @@ class Storing:
             TargetError: the draft cannot be written.
             DeadlineError: the time is over.
         """
-        with NbdSource.connect(task.uri, deadline=deadline) as source:
+        with self.join(partial(NbdSource.connect, task.uri, deadline=deadline)) as source:
             decision, content = self._content(task, source, deadline)
             path = self.draft.disk_path(task.name)
             backing, template = self._below(task, decision)
@@ -104,7 +108,7 @@ class Storing:
     def flash(self, task: DiskTask, deadline: Deadline) -> ExtraFile:
         """Writes a plain copy of firmware or its variables, and proves it; raises as `disk`, and NotProvedError."""
         path = self.draft.disk_path(task.name).with_suffix(".nvram.raw")
-        with NbdSource.connect(task.uri, deadline=deadline) as source:
+        with self.join(partial(NbdSource.connect, task.uri, deadline=deadline)) as source:
             content = source.content(deadline)
             target = RawTarget.create(path, source.size)
             hashes = Hashes(content, self._copied(task.name, source, target, content, deadline))
@@ -120,12 +124,12 @@ class Storing:
         try:
             layers = [self.backups[each].hashes(task.name).content for each in decision.layers]
             below = self._held(task.name, decision.base) if decision.by_bitmap else None
-            content = task.content(layers, CLUSTER, deadline, below=below)
+            content = task.content(layers, CLUSTER, deadline, below=below, join=self.join)
             if decision.kind == "compared" and decision.base is not None:
                 content = self._differing(task.name, decision.base, source, content, deadline)
         except (RepositoryDamagedError, ImageError):
             decision = unreadable(task.decision)
-            content = replace(task, decision=decision).content((), CLUSTER, deadline)
+            content = replace(task, decision=decision).content((), CLUSTER, deadline, join=self.join)
         return decision, aligned(content, CLUSTER)
 
     def _differing(self, disk: str, base: str, source: Source, content: ExtentMap, deadline: Deadline) -> ExtentMap:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from qmpnbd.backup.plan import Decision
 from qmpnbd.backup.selection import at_most, held, rounded_out, selected, touched, whole, zeroed_since
 from qmpnbd.deadline import Deadline
+from qmpnbd.export.joining import Join, straight
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.client import Client
 from qmpnbd.nbd.uri import NbdUri
@@ -71,7 +73,13 @@ class DiskTask:
     template: Template | None = None
 
     def content(
-        self, layers: Iterable[ExtentMap], unit: int, deadline: Deadline, *, below: ExtentMap | None = None
+        self,
+        layers: Iterable[ExtentMap],
+        unit: int,
+        deadline: Deadline,
+        *,
+        below: ExtentMap | None = None,
+        join: Join = straight,
     ) -> ExtentMap:
         """Reads what the disk's layer is to hold; of a disk that is compared, everything.
 
@@ -81,6 +89,7 @@ class DiskTask:
             deadline: for reading the maps.
             below: what the backup that the layer stands on holds, with all below it; without it, what QEMU's bitmaps
                 do not record is not noticed (`qmpnbd.backup.selection.zeroed_since`).
+            join: how to connect.
 
         Returns:
             The layer's content. Its mask is rounded out to units; what is zero within one is not.
@@ -90,7 +99,7 @@ class DiskTask:
             DeadlineError: the time is over.
         """
         dirty = [DIRTY + name for name in self.bitmaps] if self.decision.by_bitmap else []
-        with Client.connect(self.uri, contexts=[ALLOCATION, *dirty], deadline=deadline) as client:
+        with join(partial(Client.connect, self.uri, contexts=[ALLOCATION, *dirty], deadline=deadline)) as client:
             maps = client.maps(deadline=deadline)
         disk = whole(maps[ALLOCATION])
         if self.decision.by_bitmap:
@@ -99,14 +108,14 @@ class DiskTask:
                 wanted.append(zeroed_since(disk, below, unit))
             return selected(rounded_out(touched(self.size, wanted), unit), disk)
         if self.decision.kind == "shallow" and self.depth_uri is not None:
-            return selected(rounded_out(self._active(deadline), unit), disk)
+            return selected(rounded_out(self._active(deadline, join), unit), disk)
         return disk
 
-    def _active(self, deadline: Deadline) -> ExtentMap:
+    def _active(self, deadline: Deadline, join: Join) -> ExtentMap:
         """Returns where the active layer holds something at the instant, and perhaps a little more.
 
         The scratch image lies above the disk: depth 1 is what the guest has overwritten since, kept as it was, and 2 is
         the active layer. What the guest discards after the instant was kept first, so nothing is missing.
         """
-        with Client.connect(self.depth_uri or self.uri, contexts=[DEPTH], deadline=deadline) as client:
+        with join(partial(Client.connect, self.depth_uri or self.uri, contexts=[DEPTH], deadline=deadline)) as client:
             return at_most(client.maps(deadline=deadline)[DEPTH], 2)

@@ -2,7 +2,7 @@
 
 ::
 
-    async with DepthReader(server, deadline) as reader:
+    async with DepthReader(monitor, server, deadline) as reader:
         async with point_in_time(monitor, disks, directory, deadline, before=reader.before) as point:
             for offer in point.offers:
                 found = await reader.at_instant(offer)
@@ -26,6 +26,7 @@ from qmpnbd.nbd.constants import ALLOCATION_DEPTH as DEPTH
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.depth_at import InstantDepth, compose, exact
+from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.plan import Offer
 
 DIRTY = "qemu:dirty-bitmap:"
@@ -39,16 +40,17 @@ class DepthReader:
     An asynchronous context manager, to be entered before the point in time: its connections must outlast the exports.
 
     Args:
+        monitor: of the QEMU.
         server: where the exports are; the export's name is filled in.
         deadline: for what is read before the instant.
         tls: how to be let in, where the server wants TLS.
     """
 
-    def __init__(self, server: NbdUri, deadline: Deadline, tls: Tls | None = None) -> None:
+    def __init__(self, monitor: Monitor, server: NbdUri, deadline: Deadline, tls: Tls | None = None) -> None:
         self._server = server
         self._deadline = deadline
         self._tls = tls
-        self._clients = LastingClients()
+        self._clients = LastingClients(monitor)
         self._before: dict[str, ExtentMap] = {}
 
     async def before(self, offers: Sequence[Offer]) -> None:

@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from qmpnbd.deadline import Deadline
+from qmpnbd.export.joining import join
 from qmpnbd.nbd.aio import Client
 from qmpnbd.nbd.aio_stepwise import Negotiation
 from qmpnbd.nbd.tls import Tls
 from qmpnbd.nbd.uri import NbdUri
+from qmpnbd.qmp.monitor import Monitor
 
 
 class LastingClients:
-    """Makes clients, and keeps their connections open."""
+    """Makes clients, and keeps their connections open.
 
-    def __init__(self) -> None:
+    Args:
+        monitor: of the QEMU whose exports they join (`qmpnbd.export.joining`).
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
         self._clients: list[Client] = []
         self._kept: list[int] = []
 
@@ -36,15 +44,26 @@ class LastingClients:
 
         Raises:
             NbdError: the export cannot be used.
+            MonitorError: QEMU is gone.
             DeadlineError: the time is over.
         """
+        client = await join(
+            partial(self._connected, uri, contexts, deadline, tls), self._leave, self._monitor, deadline
+        )
+        self._clients.append(client)
+        return client
+
+    async def _connected(self, uri: NbdUri, contexts: Sequence[str], deadline: Deadline, tls: Tls | None) -> Client:
         async with await Negotiation.connect(uri, tls=tls, deadline=deadline) as negotiation:
             if contexts:
                 await negotiation.set_contexts(uri.export, contexts, deadline)
             self._kept.append(negotiation.duplicate())
-            client = await negotiation.go(uri.export, deadline)
-        self._clients.append(client)
-        return client
+            return await negotiation.go(uri.export, deadline)
+
+    async def _leave(self, client: Client) -> None:
+        """Leaves although the export is there still: QEMU does not go on otherwise."""
+        await client.close()
+        os.close(self._kept.pop())
 
     async def close(self) -> None:
         """Closes everything, once the exports are gone; may be called again."""

@@ -305,7 +305,7 @@ async def _at_instant(
         allow_iothread=choice.allow_iothread,
         allow=frozenset(choice.allow),
     )
-    depths = DepthReader(server, scene.deadline, choice.client_tls) if choice.composes_depth else None
+    depths = DepthReader(monitor, server, scene.deadline, choice.client_tls) if choice.composes_depth else None
     holding = held_instant(
         monitor,
         [disk.name for disk in disks],

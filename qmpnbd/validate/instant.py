@@ -166,7 +166,7 @@ class InstantDisk:
             DeadlineError: the time is over.
         """
         uri = replace(self._place.server, export=export)
-        clients = LastingClients()
+        clients = LastingClients(self._place.monitor)
         self._stack.push_async_callback(clients.close)
         return await clients.connect(uri, contexts, self._place.deadline)
 

@@ -115,7 +115,7 @@ async def open_window(
         DeadlineError: the time is over.
     """
     name = export_id(place.run, next(place.numbers))
-    clients = LastingClients()
+    clients = LastingClients(place.monitor)
     stack.push_async_callback(clients.close)
     stack.push_async_callback(place.take_down.step, f"export {name}", partial(remove_export, place.monitor, name))
     await require_safe_moment(place.monitor, place.deadline)

@@ -90,7 +90,7 @@ async def take(monitor: str, folder: Path, disks: list[str]) -> tuple[float, flo
             began = time.monotonic()
             wishes = Wishes(start_server=False)
             async with (
-                DepthReader(server, deadline) as reader,
+                DepthReader(connected, server, deadline) as reader,
                 point_in_time(connected, disks, directory, deadline, wishes=wishes, before=reader.before) as point,
             ):
                 up = (time.monotonic() - began) * 1000
