@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -114,6 +115,10 @@ def build(recipe: ChainRecipe, folder: Path) -> Path:
             with path.open("r+b") as file:
                 file.seek(24)
                 file.write((layer.size - layer.odd).to_bytes(8, "big"))
+    for path in folder.iterdir():
+        # The file system calls what was preallocated data while it is written back, and a hole afterwards.
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     return paths[-1]
 
 

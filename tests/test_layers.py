@@ -37,7 +37,7 @@ DOORS |= {"images.block_source", "images.members"}
 """Layer 2; everything else below nbd, qmp and images is layer 1."""
 
 RUN_MODULES = {"validate.run", "validate.live", "validate.daemon", "validate.fleet", "validate.instant_run"}
-RUN_MODULES |= {"control.populate", "export.session", "export.blocking"}
+RUN_MODULES |= {"control.populate", "export.session", "export.blocking", "export.joining"}
 RUN_MODULES |= {"backup.run", "backup.begin", "backup.machine", "backup.restore", "backup.verify", "backup.instantly"}
 RUN_MODULES |= {"backup.boottest"}
 """Of layer 3, those that may wait for something."""

@@ -128,6 +128,13 @@ def test_what_is_no_monitor(folder: Path, said: bytes | None) -> None:
         connect(path)
 
 
+def test_what_happens_before_the_greeting_is_passed_over(folder: Path) -> None:
+    """QEMU 10.0 tells a client that comes right after another one."""
+    event = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "JOB_STATUS_CHANGE", "data": {"id": "j"}}\r\n'
+    with scripted(folder, event * 3 + GREETING, OK, VERSION) as path:
+        assert connect(path) == "9.0.0"
+
+
 def test_a_reply_of_another_shape(folder: Path) -> None:
     version = b'{"return": {"qemu": {"major": "x"}}, "id": "@id"}\r\n'
     with (

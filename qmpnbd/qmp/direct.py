@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import json
 import socket
 from collections.abc import Awaitable, Mapping
 from contextlib import AbstractContextManager
@@ -42,6 +43,8 @@ GREETING_SECONDS = 5.0
 
 CLOSE_SECONDS = 2.0
 """How long a polite goodbye may take; it waits for QEMU to read what was written."""
+
+_LONGEST_EVENT = 65536
 
 
 class DirectTransport(Transport):
@@ -80,7 +83,7 @@ class DirectTransport(Transport):
         client.events.event_filter = lambda _event: False
         try:
             async with asyncio.timeout(greeting.remaining("the QMP greeting", where)):
-                await _first_byte(sock, where)
+                await _past_events(sock, where)
                 await client.connect(sock)
         except TimeoutError:
             sock.close()
@@ -184,6 +187,28 @@ async def _drop(*futures: asyncio.Future[Any]) -> None:
     await asyncio.gather(*futures, return_exceptions=True)
 
 
+async def _past_events(sock: socket.socket, where: str) -> None:
+    """Waits until the peer has said something; events before it are dropped.
+
+    A monitor that somebody has just left may tell the next client what happens before it greets (seen with 10.0).
+    """
+    await _first_byte(sock, where)
+    while _is_event(said := _peeked(sock, _LONGEST_EVENT, where).partition(b"\n")):
+        sock.recv(len(said[0]) + 1)
+        await _first_byte(sock, where)
+
+
+def _is_event(said: tuple[bytes, bytes, bytes]) -> bool:
+    line, end, _ = said
+    if not end:
+        return False
+    try:
+        told = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(told, dict) and "event" in told
+
+
 async def _first_byte(sock: socket.socket, where: str) -> None:
     """Waits until the peer has said something, and leaves it in the socket."""
     loop = asyncio.get_running_loop()
@@ -193,15 +218,19 @@ async def _first_byte(sock: socket.socket, where: str) -> None:
         await readable.wait()
     finally:
         loop.remove_reader(sock)
-    try:
-        first = sock.recv(1, socket.MSG_PEEK)
-    except OSError as error:
-        raise connect_error(error, where) from error
+    first = _peeked(sock, 1, where)
     if first != b"{":
         said = "it closed the connection" if not first else f"it began with {first!r}"
         raise NotAMonitorError(
             f"not a QMP monitor: {said}", where=where, remedy="Give the socket of QEMU's -qmp option."
         )
+
+
+def _peeked(sock: socket.socket, count: int, where: str) -> bytes:
+    try:
+        return sock.recv(count, socket.MSG_PEEK)
+    except OSError as error:
+        raise connect_error(error, where) from error
 
 
 def _silent(where: str, seconds: float | None) -> MonitorSilentError:
