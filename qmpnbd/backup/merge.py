@@ -25,6 +25,7 @@ from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.closes import Closes
 from qmpnbd.backup.content import ABSENT, DATA, PIECE, ZERO, aligned, pieces
 from qmpnbd.backup.copy import CopyOptions, copy
+from qmpnbd.backup.destination import forget
 from qmpnbd.backup.hashes import Hashes
 from qmpnbd.backup.layer import Layer
 from qmpnbd.backup.layout import backing_name
@@ -227,6 +228,7 @@ def _owners(contents: Sequence[ExtentMap]) -> ExtentMap:
 
 
 def _prove(path: Path, hashes: Hashes, where: str, deadline: Deadline) -> None:
+    forget(str(path))
     with Layer(path, deadline) as written:
         same = written.content() == hashes.content and all(
             digest == hashes.digest(index) for index, (_, _, digest) in enumerate(written.digests(hashes.content))
