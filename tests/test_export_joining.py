@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ExportRefusedError
-from qmpnbd.export.joining import JoinFromThread
+from qmpnbd.export.joining import JoinFromThread, join
 from qmpnbd.export.lasting import LastingClients
 from qmpnbd.nbd.client import Client
 from qmpnbd.nbd.uri import NbdUri
@@ -21,6 +23,7 @@ from qmpnbd.qmp.exports import ExportOptions, add_export, exported_node, remove_
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import export_id, new_run
 from tests.qemu_versions import QemuBinaries, each_qemu
+from tests.servers import Server, storage_daemon
 from tests.soak_disk import MIB, Snapshots, Writer, guest_uri, make_images, served
 
 DEPTH = "qemu:allocation-depth"
@@ -89,3 +92,25 @@ def test_qemu_goes_on_whenever_a_client_joins(binaries: QemuBinaries, folder: Pa
                 await way(monitor, NbdUri.unix(str(folder / "nbd"), name), soon)
 
     asyncio.run(work())
+
+
+def test_who_joins_a_qemu_that_falls_silent_leaves_and_comes_again() -> None:
+    seen: list[str] = []
+
+    async def work(server: Server) -> None:
+        async def connect() -> str:
+            if not seen:
+                os.kill(server.pid, signal.SIGSTOP)
+            seen.append("came")
+            return "client"
+
+        async def leave(client: str) -> None:
+            seen.append("left")
+            os.kill(server.pid, signal.SIGCONT)
+
+        async with await Monitor.connect(str(server.qmp), Deadline(20)) as monitor:
+            assert await join(connect, leave, monitor, Deadline(20)) == "client"
+
+    with storage_daemon() as server:
+        asyncio.run(work(server))
+    assert seen == ["came", "left", "came"]

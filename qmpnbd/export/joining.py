@@ -13,14 +13,14 @@ it falls silent, he leaves and comes again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import DeadlineError
 from qmpnbd.qmp.jobs import read_jobs
-from qmpnbd.qmp.monitor import Monitor
+from qmpnbd.qmp.monitor import Monitor, finish
 
 C = TypeVar("C")
 
@@ -42,31 +42,30 @@ B = TypeVar("B", bound=Closeable)
 
 
 async def join(
-    connect: Callable[[], Awaitable[C]], leave: Callable[[C], Awaitable[None]], monitor: Monitor, deadline: Deadline
+    connect: Callable[[], Awaitable[C]],
+    leave: Callable[[C], Coroutine[Any, Any, None]],
+    monitor: Monitor,
+    deadline: Deadline,
 ) -> C:
     """Connects to an export of a QEMU so that it goes on.
 
     Args:
-        connect: connects.
-        leave: closes a connection, and all that keeps it open.
+        connect: connects, and sees to it that what it connected is closed in the end, whatever happens here.
+        leave: closes a connection at once, with all that keeps it open: QEMU has fallen silent.
         monitor: of that QEMU.
         deadline: how long it may take.
 
     Raises:
         MonitorError: QEMU is gone.
-        DeadlineError: the time is over; it has left.
+        DeadlineError: the time is over.
         Exception: whatever `connect` raises.
     """
     patience = _PATIENCE
     while True:
         client = await connect()
-        try:
-            if await _goes_on(monitor, patience, deadline):
-                return client
-        except BaseException:
-            await leave(client)
-            raise
-        await leave(client)
+        if await _goes_on(monitor, patience, deadline):
+            return client
+        await finish(leave(client))
         await read_jobs(monitor, deadline)
         patience *= 2
 
@@ -80,7 +79,6 @@ async def _goes_on(monitor: Monitor, patience: float, deadline: Deadline) -> boo
         try:
             jobs = await read_jobs(monitor, deadline.within(patience))
         except DeadlineError:
-            deadline.check("QEMU to go on", monitor.where)
             return False
         copying = {job.id for job in jobs if job.type in _COPYING}
         suspects = copying if suspects is None else suspects & copying
@@ -117,11 +115,20 @@ class JoinFromThread:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     def __call__(self, connect: Callable[[], B], /) -> B:
-        """Connects; raises as `join` does."""
-        joined = join(
-            lambda: asyncio.to_thread(connect),
-            lambda client: asyncio.to_thread(client.close),
-            self.monitor,
-            self.deadline,
-        )
-        return asyncio.run_coroutine_threadsafe(joined, self.loop).result()
+        """Connects; raises as `join` does, and has left then."""
+        clients: list[B] = []
+
+        async def connected() -> B:
+            clients.append(await asyncio.to_thread(connect))
+            return clients[-1]
+
+        async def leave(client: B) -> None:
+            await asyncio.to_thread(client.close)
+
+        joined = join(connected, leave, self.monitor, self.deadline)
+        try:
+            return asyncio.run_coroutine_threadsafe(joined, self.loop).result()
+        except BaseException:
+            for client in clients:
+                client.close()
+            raise

@@ -30,7 +30,7 @@ class LastingClients:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._clients: list[Client] = []
+        self._clients: dict[Client, int] = {}
         self._kept: list[int] = []
 
     async def connect(self, uri: NbdUri, contexts: Sequence[str], deadline: Deadline, tls: Tls | None = None) -> Client:
@@ -47,27 +47,29 @@ class LastingClients:
             MonitorError: QEMU is gone.
             DeadlineError: the time is over.
         """
-        client = await join(
-            partial(self._connected, uri, contexts, deadline, tls), self._leave, self._monitor, deadline
-        )
-        self._clients.append(client)
-        return client
+        connect = partial(self._connected, uri, contexts, deadline, tls)
+        return await join(connect, self._leave, self._monitor, deadline)
 
     async def _connected(self, uri: NbdUri, contexts: Sequence[str], deadline: Deadline, tls: Tls | None) -> Client:
         async with await Negotiation.connect(uri, tls=tls, deadline=deadline) as negotiation:
             if contexts:
                 await negotiation.set_contexts(uri.export, contexts, deadline)
-            self._kept.append(negotiation.duplicate())
-            return await negotiation.go(uri.export, deadline)
+            kept = negotiation.duplicate()
+            self._kept.append(kept)
+            client = await negotiation.go(uri.export, deadline)
+        self._clients[client] = kept
+        return client
 
     async def _leave(self, client: Client) -> None:
         """Leaves although the export is there still: QEMU does not go on otherwise."""
+        kept = self._clients.pop(client)
+        self._kept.remove(kept)
+        os.close(kept)
         await client.close()
-        os.close(self._kept.pop())
 
     async def close(self) -> None:
         """Closes everything, once the exports are gone; may be called again."""
         while self._clients:
-            await self._clients.pop().close()
+            await self._clients.popitem()[0].close()
         while self._kept:
             os.close(self._kept.pop())
