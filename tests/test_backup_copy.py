@@ -35,6 +35,7 @@ from qmpnbd.errors import (
     UsageError,
 )
 from qmpnbd.extents import ExtentMap
+from qmpnbd.nbd.client import Client
 from qmpnbd.nbd.reconnect import Reconnect
 from qmpnbd.nbd.uri import NbdUri
 from tests.drawn_disks import DISKS, Drawn, MemorySource
@@ -486,7 +487,8 @@ class TestNewFile:
     @pytest.mark.real
     def test_what_a_qemu_uses_is_not_replaced_even_with_force(self, folder: Path, tmp_path: Path) -> None:
         qemu_img("create", "-q", "-f", "raw", tmp_path / "x", "8M")
-        with qemu_nbd(folder, "-f", "raw", str(tmp_path / "x")):
+        with qemu_nbd(folder, "-f", "raw", str(tmp_path / "x")) as uri:
+            Client.connect(uri, deadline=Deadline(20)).close()  # it listens before it opens the image
             with pytest.raises(TargetInUseError, match="another process uses it"):
                 NewFile(tmp_path / "x", force=True)
             with pytest.raises(ImageChangedError, match="a running QEMU writes to it"):
@@ -494,5 +496,6 @@ class TestNewFile:
 
     @pytest.mark.real
     def test_what_a_qemu_only_reads_can_be_copied(self, folder: Path, disk: Path) -> None:
-        with qemu_nbd(folder, "-r", "-f", "raw", str(disk)):
+        with qemu_nbd(folder, "-r", "-f", "raw", str(disk)) as uri:
+            Client.connect(uri, deadline=Deadline(20)).close()
             open_source(str(disk), format="raw", deadline=Deadline(20)).close()
