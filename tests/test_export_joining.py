@@ -90,6 +90,9 @@ def test_qemu_goes_on_whenever_a_client_joins(binaries: QemuBinaries, folder: Pa
                 name, soon = export_id(run, number), Deadline(30)
                 await exported(monitor, name, soon)
                 await way(monitor, NbdUri.unix(str(folder / "nbd"), name), soon)
+            left = await monitor.execute("query-block-exports", deadline=Deadline(30))
+            assert isinstance(left, list)
+            assert [export["id"] for export in left] == ["guest"]
 
     asyncio.run(work())
 
