@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -308,6 +309,12 @@ def test_a_guest_with_a_kernel_boots_and_writes_and_the_backup_stays(made: Made,
     assert content_of(made[0].path) == before
 
 
+def machines_of(pid: int) -> list[str]:
+    """The QEMUs that a process started; a copy of itself that is not QEMU yet still holds its lock."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [each for each in children if "qemu" in os.path.realpath(f"/proc/{each}/exe")]
+
+
 def test_what_a_killed_boot_test_left_is_removed_by_the_next(bootable: Made, folder: Path) -> None:
     """A kill takes QEMU with it; its overlay, which can be large, must not stay for ever."""
     words = [
@@ -321,9 +328,11 @@ def test_what_a_killed_boot_test_left_is_removed_by_the_next(bootable: Made, fol
         str(folder),
     ]
     with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-        wait_until(lambda: any(folder.glob("qmpnbd-*/disk0.qcow2")) or child.poll() is not None, "QEMU")
+        wait_until(lambda: bool(machines_of(child.pid)) or child.poll() is not None, "QEMU")
+        machines = machines_of(child.pid)
         child.kill()
         child.communicate(timeout=30)
+    wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in machines), "QEMU to end")
     assert len(list(folder.iterdir())) == 1
     assert booted(bootable[1][1], runtime_dir=str(folder))[0]
     assert list(folder.iterdir()) == []
