@@ -46,7 +46,7 @@ from tests.qemu_versions import QemuBinaries, each_qemu, installed
 from tests.servers import wait_until
 from tests.test_backup_reasons import ended, told, write
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]  # many runs in one test, on a machine that may be busy
 
 T = TypeVar("T")
 

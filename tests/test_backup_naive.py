@@ -34,7 +34,7 @@ from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.qmp_between import between
 from tests.servers import Server, qemu_img, wait_until
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]  # many runs in one test, on a machine that may be busy
 
 MIB = 1 << 20
 HALF = f"write -P 3 {4 * MIB} {UNIT}"

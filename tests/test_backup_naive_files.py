@@ -41,7 +41,7 @@ from tests.qemu_versions import QemuBinaries, each_qemu, installed
 from tests.qmp_between import between
 from tests.servers import blockdev, listening, process, qemu, qemu_img, tool, wait_until
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]  # many runs in one test, on a machine that may be busy
 
 MIB = 1 << 20
 HALF = f"write -P 3 {4 * MIB} {UNIT}"

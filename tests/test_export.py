@@ -44,7 +44,7 @@ from tests.tls_files import Authority
 
 SOON = Deadline(None)  # pytest bounds each test
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]  # many runs in one test, on a machine that may be busy
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tests.test_pointintime_guest import DISKS, RECORD, SIZE, go_on, marked, nee
 
 SOON = Deadline(None)  # pytest bounds each test
 
-pytestmark = [pytest.mark.real, needs_a_kernel]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300), needs_a_kernel]
 
 
 @dataclass(frozen=True)

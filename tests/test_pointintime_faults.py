@@ -47,7 +47,7 @@ from tests.test_recover import recovered
 
 SOON = Deadline(None)  # pytest bounds each test
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]  # many runs in one test, on a machine that may be busy
 
 Body = Callable[[PointInTime, RunDirectory], Awaitable[None]]
 

@@ -34,7 +34,7 @@ needs_a_kernel = pytest.mark.skipif(
     not (PACKAGES / "complete").exists(), reason="no kernel for a guest (scripts/setup demo fetches one)"
 )
 
-pytestmark = [pytest.mark.real, needs_a_kernel]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300), needs_a_kernel]
 
 SOON = Deadline(None)  # pytest bounds each test
 SIZE = 16 << 20
