@@ -20,12 +20,12 @@ import pytest
 
 from qmpnbd.backup.begin import BegunBackup, begin
 from qmpnbd.backup.catalog import shelf_of
-from qmpnbd.backup.copy import Progress
 from qmpnbd.backup.draft import Draft
 from qmpnbd.backup.plan import Wish
 from qmpnbd.backup.prove_layer import prove_layer
 from qmpnbd.backup.run import back_up
 from qmpnbd.backup.storing import Storing
+from qmpnbd.backup.tally import DisksProgress
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import (
     BitmapError,
@@ -43,7 +43,7 @@ from tests.backup_dying import mortal_backup
 from tests.backups import CHAIN, BackupMachine, new_images, quit_in_order, restless, running
 from tests.instants import SIZE, UNIT
 from tests.qemu_versions import QemuBinaries, each_qemu, installed
-from tests.servers import wait_until
+from tests.servers import blockdev, wait_until
 from tests.test_backup_reasons import ended, told, write
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]  # many runs in one test, on a machine that may be busy
@@ -87,17 +87,18 @@ def nothing_is_lost(machine: BackupMachine) -> Iterator[None]:
 
 
 @each_qemu
+@pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.timeout(1800)  # fifty cuts and as many backups, on a machine that may be busy
 def test_ended_after_every_step_the_next_run_loses_nothing(
-    binaries: QemuBinaries, number: signal.Signals, folder: Path
+    binaries: QemuBinaries, number: signal.Signals, jobs: int, folder: Path
 ) -> None:
-    """Each step on the installed QEMU, some on the others."""
-    stride = 7 if binaries != installed() else 1 if number is signal.SIGKILL else 3
+    """Each step on the installed QEMU, some on the others; with two disks at a time other steps come after each."""
+    stride = 7 if binaries != installed() else 1 if (number, jobs) == (signal.SIGKILL, 1) else 3
     with running(binaries, folder, new_images(binaries, folder)) as machine:
         machine.back_up()
         published = cut = 0
-        with mortal_backup(number, *arguments(machine)) as mortal:
+        with mortal_backup(number, *arguments(machine), "--jobs", str(jobs)) as mortal:
             step, code = 1, -1
             while code:
                 write(machine, step % 100)
@@ -260,6 +261,33 @@ def test_what_cannot_be_proved_is_neither_published_nor_committed(
             machine.back_up()
 
 
+@pytest.mark.parametrize(("proof", "left"), [("hashes", 1), ("sizes", 0)])
+@pytest.mark.parametrize("file", ["machine.json", "*.nvram.raw"])
+def test_what_is_kept_beside_the_disks_is_read_again_before_the_backup_counts(
+    binaries: QemuBinaries, folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, proof: str, left: int
+) -> None:
+    """A byte becomes another one, or all are cut off, after the point in time was released: long after the writing."""
+    variables = folder / "vars.fd"
+    variables.write_bytes(b"vars" * (1 << 15))
+    flash = ["-blockdev", blockdev(variables, "vars", "raw"), "-machine", "pc,pflash0=vars"]
+    release = BegunBackup.release
+
+    async def rotten(begun: BegunBackup) -> None:
+        await release(begun)
+        (path,) = machine.repository.path.glob(f"{CHAIN}/.partial-*/{file}")
+        content = path.read_bytes()
+        path.write_bytes((content[:-1] + b"!") * left)
+
+    with (
+        running(binaries, folder, new_images(binaries, folder, 1), *flash) as machine,
+        nothing_is_lost(machine),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(BegunBackup, "release", rotten)
+        with pytest.raises(NotProvedError, match="hash is another" if left else "it has 0 bytes"):
+            machine.back_up(proof=proof)
+
+
 @each_qemu
 def test_a_point_in_time_that_was_lost_is_neither_published_nor_committed(binaries: QemuBinaries, folder: Path) -> None:
     """What was read may be of two instants: only `release` tells."""
@@ -389,7 +417,7 @@ def test_a_guest_that_writes_through_failures_is_backed_up_right(binaries: QemuB
             guest.moment(machine.restored_disks(each.backup))
 
 
-def _gone(machine: BackupMachine) -> Callable[[str, Progress], None]:
+def _gone(machine: BackupMachine) -> Callable[[DisksProgress], None]:
     def remove(*_: object) -> None:
         for each in (machine.repository.path / CHAIN).glob(".partial-*"):
             shutil.rmtree(each)
@@ -397,7 +425,7 @@ def _gone(machine: BackupMachine) -> Callable[[str, Progress], None]:
     return remove
 
 
-def _lost(machine: BackupMachine) -> Callable[[str, Progress], None]:
+def _lost(machine: BackupMachine) -> Callable[[DisksProgress], None]:
     def cancel(*_: object) -> None:
         for job in machine.server.side("query-jobs"):
             machine.server.side("job-cancel", id=job["id"])

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmpnbd.backup.content import DATA, ZERO, aligned
+from qmpnbd.backup.pace import Pace
 from qmpnbd.backup.proof import ranges_of
 from qmpnbd.backup.selection import rounded_out, selected
 from qmpnbd.backup.sources import Source
@@ -24,7 +25,9 @@ from qmpnbd.extents import U64, ExtentMap
 from qmpnbd.images.layers import Chain
 
 
-def differing(source: Source, disk: ExtentMap, base: Chain, unit: int, deadline: Deadline) -> ExtentMap:
+def differing(
+    source: Source, disk: ExtentMap, base: Chain, unit: int, deadline: Deadline, *, pace: Pace | None = None
+) -> ExtentMap:
     """Returns what a layer on top of `base` has to hold so that it reads as the disk does.
 
     Args:
@@ -33,6 +36,7 @@ def differing(source: Source, disk: ExtentMap, base: Chain, unit: int, deadline:
         base: an image and what lies behind it, of the disk's size.
         unit: bytes that are stored as a whole, a power of two.
         deadline: for reading both.
+        pace: limits what is read of the disk; None for no limit.
 
     Raises:
         ValueError: the two differ in size.
@@ -43,8 +47,12 @@ def differing(source: Source, disk: ExtentMap, base: Chain, unit: int, deadline:
     disk = aligned(disk, unit)  # units that are zero in part are compared as a whole
     below = base.base_allocation()
     zeroed = disk.combine(below, lambda own, other: (own == np.uint64(ZERO)) & (other & np.uint64(2) == 0))
-    chunks = source.chunks(ranges_of(disk, DATA), deadline)
-    found = [each for offset, data in chunks if (each := _different(offset, data, base, unit)).size]
+    found = []
+    for offset, data in source.chunks(ranges_of(disk, DATA), deadline):
+        if (each := _different(offset, data, base, unit)).size:
+            found.append(each)
+        if pace is not None:
+            pace.wait(len(data), deadline, source.where)
     starts = np.sort(np.concatenate([np.empty(0, np.uint64), *found]))
     mask = rounded_out(_units(starts, unit, disk.size), unit)
     either = mask.combine(rounded_out(zeroed, unit), lambda own, other: own | other)

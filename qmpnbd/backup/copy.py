@@ -66,14 +66,14 @@ class CopyOptions:
 
     Attributes:
         hashes: whether to compute the digest of each piece.
-        bytes_per_second: of data, at most; None for no limit.
+        pace: limits the data that is read, together with whatever else has the same one; None for no limit.
         progress: told how far the copy is, in the caller's thread, often; None to tell nobody.
         done: not 0 where the target has it already; None for nowhere. What is done of a piece is told by its first
             byte, so it is to be made of whole pieces.
     """
 
     hashes: bool = False
-    bytes_per_second: int | None = None
+    pace: Pace | None = None
     progress: Callable[[Progress], None] | None = None
     done: ExtentMap | None = None
 
@@ -119,7 +119,6 @@ def copy(source: Source, target: Target, content: ExtentMap, options: CopyOption
     zero_bytes = _zero(target, content, deadline)
     total = int(lengths.sum())
     workers = _Workers(target, offsets if options.hashes else None, threads=target.lanes + options.hashes)
-    pace = None if options.bytes_per_second is None else Pace(options.bytes_per_second)
     done = 0
     with workers:
         for batch, length in _batches(source.chunks(_ranges(offsets, lengths), deadline, workers.buffers)):
@@ -127,8 +126,8 @@ def copy(source: Source, target: Target, content: ExtentMap, options: CopyOption
             done += length
             if options.progress is not None:
                 options.progress(Progress(done, total, time.monotonic() - began))
-            if pace is not None:
-                pace.wait(length, deadline, source.where)
+            if options.pace is not None:
+                options.pace.wait(length, deadline, source.where)
         workers.drain(deadline, target.where)
     return Copied(done, zero_bytes, time.monotonic() - began, workers.digests)
 

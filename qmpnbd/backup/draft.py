@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from qmpnbd.backup import durable
@@ -35,6 +36,11 @@ class Draft:
         self._before = before
         self._stems: dict[str, str] = {}
         durable.make_folder(self.path)
+
+    def name_files(self, disks: Iterable[str]) -> None:
+        """Decides, in this order, how the files of disks are called, so that threads may ask for them in any."""
+        for disk in disks:
+            self._stem(disk)
 
     def disk_path(self, disk: str) -> Path:
         """Returns where the image of a disk is to be written; the same for the same disk."""

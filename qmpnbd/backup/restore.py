@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from qmpnbd.backup.content import DATA, ZERO, aligned
 from qmpnbd.backup.copy import CopyOptions, Progress
 from qmpnbd.backup.destination import Destination, TargetTerms
+from qmpnbd.backup.pace import paced
 from qmpnbd.backup.point import Point, Wanted, open_point
 from qmpnbd.backup.qcow2_target import Compression
 from qmpnbd.backup.restore_chain import ChainCopy
@@ -92,7 +93,7 @@ def restore(wanted: Wanted, destination: Destination, options: RestoreOptions, d
     with source:
         content = source.content(deadline)
         if destination.form == "chain":
-            copying = CopyOptions(True, options.bytes_per_second, options.progress)
+            copying = CopyOptions(True, paced(options.bytes_per_second), options.progress)
             read_back = ChainCopy(point, options.compression, copying, deadline).restore(destination.target)
         else:
             terms = TargetTerms(force=options.force, compression=options.compression, tls=options.tls)

@@ -26,14 +26,16 @@ from qmpnbd.backup import durable
 from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.begin import BeginOptions, BegunBackup, begin
 from qmpnbd.backup.catalog import Shelf, shelf_of
-from qmpnbd.backup.copy import Progress
 from qmpnbd.backup.draft import Draft
 from qmpnbd.backup.machine import machine_facts
 from qmpnbd.backup.manifest import ExtraFile, Manifest, StatementEntry, now
+from qmpnbd.backup.pace import paced
 from qmpnbd.backup.plan import Wish
-from qmpnbd.backup.prove_layer import prove_layer
+from qmpnbd.backup.prove_layer import prove_extra, prove_layer
 from qmpnbd.backup.repository import Repository
+from qmpnbd.backup.several import several
 from qmpnbd.backup.storing import StoredDisk, Storing
+from qmpnbd.backup.tally import DisksProgress, Tally
 from qmpnbd.backup.template import with_sha256
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import TargetError
@@ -47,6 +49,9 @@ T = TypeVar("T")
 COMMIT_SECONDS = 30.0
 """For the transaction that commits: it takes milliseconds, unless QEMU is busy."""
 
+JOBS = 2
+"""Disks at a time. Each takes up to some 30 MiB (requests in flight, what waits to be hashed and written)."""
+
 _FACTS_SECONDS = 30.0
 
 
@@ -58,16 +63,18 @@ class BackupOptions:
         begin: how to begin; `Wish.since` may be whatever `Repository.find` knows.
         proof: ``hashes`` to read all data again before the backup is published, ``sizes`` for the images' tables only.
         compression: of the data.
-        bytes_per_second: of data, at most; None for no limit.
-        progress: told, in a thread, how far each disk is; None to tell nobody.
+        jobs: disks that are copied, and proved, at a time; 1 or more.
+        bytes_per_second: of data of all disks together, at most; None for no limit.
+        progress: told how far the disks are, in some thread, but never by two at once; None to tell nobody.
         seconds: time for everything but taking down; None for no bound.
     """
 
     begin: BeginOptions = field(default_factory=BeginOptions)
     proof: Literal["hashes", "sizes"] = "hashes"
     compression: Literal["", "zstd"] = ""
+    jobs: int = JOBS
     bytes_per_second: int | None = None
-    progress: Callable[[str, Progress], None] | None = None
+    progress: Callable[[DisksProgress], None] | None = None
     seconds: float | None = None
 
 
@@ -147,7 +154,7 @@ class _Run:
             try:
                 stored, extras = await self._write(begun, draft, shelf)
                 await begun.release()
-                await self._prove(stored)
+                await self._prove(draft, stored, extras)
                 stored = await self._identified(stored, shelf)
                 manifest = self._manifest(begun, shelf, created, stored, extras)
             except BaseException as error:
@@ -179,22 +186,29 @@ class _Run:
         digest = hashlib.sha256(facts).hexdigest()
         extras = [ExtraFile(name="machine", file="machine.json", bytes=len(facts), sha256=digest)]
         choice = self._choice
-        join = JoinFromThread(begun.session.monitor, self._deadline)
-        storing = Storing(draft, shelf.backups, choice.compression, choice.bytes_per_second, choice.progress, join)
-        for task in begun.flash:
-            extras.append(await self._stoppable(partial(storing.flash, task, self._deadline)))
-        stored = [await self._stoppable(partial(storing.disk, task, self._deadline)) for task in begun.tasks]
+        names = [task.name for task in (*begun.flash, *begun.tasks)]
+        draft.name_files(names)
+        storing = Storing(
+            draft,
+            shelf.backups,
+            choice.compression,
+            paced(choice.bytes_per_second),
+            Tally(names, choice.progress),
+            JoinFromThread(begun.session.monitor, self._deadline),
+        )
+        extras += await self._several([partial(storing.flash, task, self._deadline) for task in begun.flash])
+        stored = await self._several([partial(storing.disk, task, self._deadline) for task in begun.tasks])
         return tuple(stored), tuple(extras)
 
-    async def _prove(self, stored: Sequence[StoredDisk]) -> None:
-        """Holds every layer against what was meant to be written."""
-        read_data = self._choice.proof == "hashes"
+    async def _prove(self, draft: Draft, stored: Sequence[StoredDisk], extras: Sequence[ExtraFile]) -> None:
+        """Holds every file but the manifest against what was meant to be written."""
+        deadline, read_data = self._deadline, self._choice.proof == "hashes"
+        files = [partial(prove_extra, draft.path / each.file, each, deadline, read_data=read_data) for each in extras]
+        layers = [partial(prove_layer, each.path, each.hashes, deadline, read_data=read_data) for each in stored]
+        await self._several([*files, *layers])
 
-        def work() -> None:
-            for each in stored:
-                prove_layer(each.path, each.hashes, self._deadline, read_data=read_data)
-
-        await self._stoppable(work)
+    async def _several(self, work: Sequence[Callable[[], T]]) -> list[T]:
+        return await self._stoppable(partial(several, work, self._choice.jobs, self._deadline))
 
     async def _identified(self, stored: Sequence[StoredDisk], shelf: Shelf) -> tuple[StoredDisk, ...]:
         """Adds to the templates of shallow layers what proves them later; they are read once, not for each backup."""

@@ -1,4 +1,4 @@
-"""One disk's part in a backup: its layer, or of firmware a plain copy, written into the draft; blocking.
+"""One disk's part in a backup: its layer, or of firmware a plain copy, written into the draft; for any threads.
 
 ::
 
@@ -9,7 +9,7 @@ Nothing is proved here: `qmpnbd.backup.prove_layer` reads it again once the poin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,17 +18,20 @@ from typing import Literal
 from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.compare_base import differing
 from qmpnbd.backup.content import ABSENT, DATA, ZERO, aligned
-from qmpnbd.backup.copy import CopyOptions, Progress, copy
+from qmpnbd.backup.copy import CopyOptions, copy
 from qmpnbd.backup.destination import forget
 from qmpnbd.backup.draft import Draft
 from qmpnbd.backup.fingerprint import sha256_of
 from qmpnbd.backup.hashes import Hashes
 from qmpnbd.backup.manifest import ExtraFile, ManifestDisk, TemplateEntry
+from qmpnbd.backup.pace import Pace
 from qmpnbd.backup.plan import Decision, unreadable
 from qmpnbd.backup.proof import prove
+from qmpnbd.backup.prove_layer import file_bytes
 from qmpnbd.backup.qcow2_target import Backing, Qcow2Target
 from qmpnbd.backup.raw_target import RawTarget
 from qmpnbd.backup.sources import ImageSource, NbdSource, Source
+from qmpnbd.backup.tally import Tally
 from qmpnbd.backup.targets import Target
 from qmpnbd.backup.task import DiskTask
 from qmpnbd.deadline import Deadline
@@ -50,16 +53,16 @@ class Storing:
         draft: where.
         backups: what they can stand on, by id.
         compression: of their data.
-        bytes_per_second: of data, at most; None for no limit.
-        progress: told how far each disk is; None to tell nobody.
+        pace: limits the data that is read of all disks together; None for no limit.
+        tally: told how far each disk is; None to tell nobody.
         join: how to connect to the disks.
     """
 
     draft: Draft
     backups: Mapping[str, Backup]
     compression: Literal["", "zstd"] = ""
-    bytes_per_second: int | None = None
-    progress: Callable[[str, Progress], None] | None = None
+    pace: Pace | None = None
+    tally: Tally | None = None
     join: Join = straight
 
     def disk(self, task: DiskTask, deadline: Deadline) -> StoredDisk:
@@ -93,7 +96,7 @@ class Storing:
             reason=decision.reason,
             base=decision.base,
             file=path.name,
-            file_bytes=_size(path),
+            file_bytes=file_bytes(path),
             data_bytes=totals.get(DATA, 0),
             zero_bytes=totals.get(ZERO, 0),
             cluster_size=CLUSTER,
@@ -116,7 +119,7 @@ class Storing:
         with ImageSource.open(str(path), format="raw", deadline=deadline) as there:
             prove(there, hashes, deadline)
         digest = sha256_of(str(path), deadline)
-        return ExtraFile(name=task.name, file=path.name, bytes=_size(path), sha256=digest)
+        return ExtraFile(name=task.name, file=path.name, bytes=file_bytes(path), sha256=digest)
 
     def _content(self, task: DiskTask, source: Source, deadline: Deadline) -> tuple[Decision, ExtentMap]:
         """Returns what the layer holds, in whole clusters; all of the disk if what it should stand on is broken."""
@@ -139,7 +142,7 @@ class Storing:
             if chain.size != source.size:
                 what = f"its disk has {chain.size} bytes, and {source.size} were backed up"
                 raise RepositoryDamagedError(what, where=printable(str(image)))
-            return differing(source, content, chain, CLUSTER, deadline)
+            return differing(source, content, chain, CLUSTER, deadline, pace=self.pace)
 
     def _held(self, disk: str, base: str | None) -> ExtentMap | None:
         """Returns what a backup holds of a disk, with all that it stands on: `ABSENT` where that is a template's."""
@@ -176,9 +179,10 @@ class Storing:
 
     def _copied(self, disk: str, source: Source, target: Target, content: ExtentMap, deadline: Deadline) -> bytes:
         """Copies, and gives the target its name; after a failure nothing of it is left."""
-        told = self.progress
-        progress = None if told is None else (lambda progress: told(disk, progress))
-        options = CopyOptions(hashes=True, bytes_per_second=self.bytes_per_second, progress=progress)
+        if self.tally is not None:
+            self.tally.begin(disk, content.totals().get(DATA, 0))
+        progress = None if self.tally is None else partial(self.tally.note, disk)
+        options = CopyOptions(hashes=True, pace=self.pace, progress=progress)
         try:
             copied = copy(source, target, content, options, deadline)
             target.finish()
@@ -203,10 +207,3 @@ class StoredDisk:
     entry: ManifestDisk
     path: Path
     hashes: Hashes
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise TargetError(f"it is gone: {error.strerror}", where=printable(str(path))) from error

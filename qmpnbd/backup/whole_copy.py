@@ -15,6 +15,7 @@ from qmpnbd.backup.content import aligned
 from qmpnbd.backup.copy import Copied, CopyOptions, Progress, copy
 from qmpnbd.backup.destination import Destination, TargetTerms, discarding, open_target, written
 from qmpnbd.backup.hashes import Hashes
+from qmpnbd.backup.pace import paced
 from qmpnbd.backup.proof import prove
 from qmpnbd.backup.resumable import ResumableTarget, key_of
 from qmpnbd.backup.sources import ImageSource, Source, open_source
@@ -131,7 +132,7 @@ def copy_content(
         NotProvedError: what was read back is something else; the target was discarded.
         DeadlineError: the time is over.
     """
-    choice = CopyOptions(options.prove, options.bytes_per_second, options.progress)
+    choice = CopyOptions(options.prove, paced(options.bytes_per_second), options.progress)
     with discarding(open_target(destination, content, options.target, deadline)) as target:
         copied = copy(source, target, content, choice, deadline)
         digests, read_back = copied.digests, None
@@ -160,7 +161,7 @@ def _resumed(
     before, content = _identity(origin, source), source.content(deadline)
     key, force = key_of(before, content), options.target.force
     with discarding(ResumableTarget(destination.target, content, key, force=force, deadline=deadline)) as target:
-        choice = CopyOptions(bytes_per_second=options.bytes_per_second, progress=options.progress, done=target.done)
+        choice = CopyOptions(pace=paced(options.bytes_per_second), progress=options.progress, done=target.done)
         copied, read_back = copy(source, target, content, choice, deadline), None
         if _identity(origin, source) != before:
             what, remedy = "it was written to while it was copied", "Begin anew when nobody writes to it."

@@ -13,6 +13,7 @@ from qmpnbd.errors import UsageError
 
 if TYPE_CHECKING:
     from qmpnbd.backup.run import BackupOptions
+    from qmpnbd.backup.tally import DisksProgress
     from qmpnbd.cli.progressline import Line
     from qmpnbd.report.model import BackupDocument
 
@@ -46,7 +47,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_what(parser)
     _add_how(parser)
     options.add_sharing(parser)
-    parser.add_argument("--progress", action="store_true", help="show on stderr how far each disk is")
+    parser.add_argument("--progress", action="store_true", help="show on stderr how far the disks are")
     parser.add_argument("--dry-run", action="store_true", help="tell what would be done for each disk; change nothing")
     options.add_json(parser, SCHEMA)
     options.add_timeout(parser, options.SHORT_SECONDS, "until the instant is taken; the copy has no limit")
@@ -98,7 +99,19 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         default="hashes",
         help="before the backup counts, read all its data again, or only the images' tables (default: hashes)",
     )
-    how.add_argument("--rate", type=options.whole, metavar="BYTES", help="read at most so many bytes of data a second")
+    how.add_argument(
+        "--jobs",
+        type=options.positive,
+        default=2,
+        metavar="N",
+        help="disks that are copied at a time (default: 2); one takes up to 30 MiB of memory",
+    )
+    how.add_argument(
+        "--rate",
+        type=options.positive,
+        metavar="BYTES",
+        help="read at most so many bytes of data a second, of all disks together",
+    )
     how.add_argument(
         "--agent",
         metavar="ADDRESS",
@@ -157,7 +170,6 @@ def _options(arguments: argparse.Namespace, line: Line | None) -> BackupOptions:
     from qmpnbd.backup.begin import BeginOptions
     from qmpnbd.backup.plan import Wish
     from qmpnbd.backup.run import BackupOptions
-    from qmpnbd.cli.copy import progress_text
     from qmpnbd.qmp.planning import Wishes
 
     wish = Wish(arguments.type, arguments.since, compare=not arguments.no_compare, shallow=arguments.shallow)
@@ -181,6 +193,21 @@ def _options(arguments: argparse.Namespace, line: Line | None) -> BackupOptions:
         begin=begin,
         proof=arguments.proof,
         compression="zstd" if arguments.compress else "",
+        jobs=arguments.jobs,
         bytes_per_second=arguments.rate,
-        progress=None if line is None else lambda disk, far: line.show(lambda: f"{disk}: {progress_text(far)}"),
+        progress=None if line is None else lambda far: line.show(lambda: disks_text(far)),
     )
+
+
+def disks_text(far: DisksProgress) -> str:
+    """Puts into words how far the disks are: the sum, and each that is being copied."""
+    from qmpnbd.cli.copy import percent, progress_text, speed_text
+    from qmpnbd.report.sizes import human_size
+
+    begun = {name: each for name, each in far.disks.items() if each is not None}
+    if len(begun) < len(far.disks):  # how much data the others have is not known
+        whole = f"{human_size(far.whole.data_bytes)}, {speed_text(far.whole)}"
+    else:
+        whole = progress_text(far.whole)
+    busy = [f"{name} {percent(each)}" for name, each in begun.items() if each.data_bytes < each.of_bytes]
+    return "; ".join([whole, f"{len(begun) - len(busy)} of {len(far.disks)} disks copied", *busy])

@@ -131,5 +131,16 @@ def progress_text(progress: Progress) -> str:
     from qmpnbd.report.sizes import human_size
 
     done, total = progress.data_bytes, progress.of_bytes
-    speed = human_size(int(done / max(progress.seconds, 1e-9)))
-    return f"{human_size(done)} of {human_size(total)} ({100 * done / max(total, 1):.0f} %), {speed}/s"
+    return f"{human_size(done)} of {human_size(total)} ({percent(progress)}), {speed_text(progress)}"
+
+
+def percent(progress: Progress) -> str:
+    """Returns how much of the data is copied."""
+    return f"{100 * progress.data_bytes / max(progress.of_bytes, 1):.0f} %"
+
+
+def speed_text(progress: Progress) -> str:
+    """Returns how much data is copied in a second."""
+    from qmpnbd.report.sizes import human_size
+
+    return f"{human_size(int(progress.data_bytes / max(progress.seconds, 1e-9)))}/s"

@@ -106,7 +106,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="instead: read everything, and remove the backups of which a disk cannot be restored and proved",
     )
-    parser.add_argument("--rate", type=options.whole, metavar="BYTES", help="copy at most so many bytes a second")
+    parser.add_argument("--rate", type=options.positive, metavar="BYTES", help="copy at most so many bytes a second")
     parser.add_argument("--dry-run", action="store_true", help="tell what would be removed, and remove nothing")
 
 
@@ -187,6 +187,7 @@ def _check(arguments: argparse.Namespace, deadline: Deadline) -> RepositoryDocum
 
 def _prune(arguments: argparse.Namespace, deadline: Deadline) -> RepositoryDocument:
     from qmpnbd.backup.copy import CopyOptions
+    from qmpnbd.backup.pace import paced
     from qmpnbd.backup.prune import carry_out
     from qmpnbd.report.repository import pruned_document
 
@@ -198,7 +199,7 @@ def _prune(arguments: argparse.Namespace, deadline: Deadline) -> RepositoryDocum
         for line in repository.recover():
             output.tell(line)
         choice = _choice(arguments, repository, chain, deadline)
-        carry_out(repository, choice, CopyOptions(bytes_per_second=arguments.rate), deadline)
+        carry_out(repository, choice, CopyOptions(pace=paced(arguments.rate)), deadline)
     return pruned_document(repository, chain, choice, dry_run=False)
 
 

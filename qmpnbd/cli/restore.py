@@ -64,7 +64,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--compress", action="store_true", help="compress the clusters of qcow2 images (zstd)")
     parser.add_argument("--force", action="store_true", help="overwrite TARGET; not if it is in use")
     parser.add_argument(
-        "--rate", type=options.whole, metavar="BYTES", help="bytes of data a second, at most (default: no limit)"
+        "--rate", type=options.positive, metavar="BYTES", help="bytes of data a second, at most (default: no limit)"
     )
     parser.add_argument("--progress", action="store_true", help="show on stderr how far it is")
     instant = parser.add_argument_group("instant restore", "TARGET is a qcow2 file that stands on the repository")
