@@ -23,6 +23,15 @@ from tests.qemu_versions import QemuBinaries, each_qemu
         ("driver=ssh,password=hunter2", "driver=ssh,password=***"),
         ("driver=qcow2,node-name=d,data-file=raw.img", "driver=qcow2,node-name=d,data-file=raw.img"),
         ("secret,id=s0,file=/etc/key", "secret,id=s0,file=/etc/key"),
+        ("secret,id=s0,data=two words,format=raw", "secret,id=s0,data=***,format=raw"),
+        ("secret,id=s0,data=a,,comma,format=raw", "secret,id=s0,data=***,format=raw"),
+        ('{"id": "s0", "data": "a \\"quote\\", a comma"}', '{"id": "s0", "data": "***"}'),
+        ("driver=curl,file.password=hunter2,id=x", "driver=curl,file.password=***,id=x"),
+        ("if=none,file=https://me:hunter2@host/x", "if=none,file=https://me:***@host/x"),
+        ("file=iscsi://me%hunter2@host:3260/iqn/0", "file=iscsi://me%***@host:3260/iqn/0"),
+        ("file=rbd:pool/x:id=admin:key=AQB+==:conf=/c", "file=rbd:pool/x:id=admin:key=***:conf=/c"),
+        ("file=https://host:8080/a@b", "file=https://host:8080/a@b"),
+        ("root=/dev/vda password=hunter2 quiet", "root=/dev/vda password=*** quiet"),
     ],
 )
 def test_a_secret_on_the_command_line_is_not_kept(word: str, shown: str) -> None:

@@ -1,14 +1,14 @@
 """What a machine is, beside its disks: what QEMU tells of it, and how it was started; for who has to build it again.
 
-Secrets that stand on QEMU's command line are left out. What QEMU does not know or refuses to tell is left out, too, and
-named: a backup does not fail for want of it.
+Secrets that stand on QEMU's command line, or in the names of images, are left out. What QEMU does not know or refuses to
+tell is left out, too, and named: a backup does not fail for want of it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qmpnbd.deadline import Deadline
@@ -35,13 +35,20 @@ QUESTIONS = (
     "query-block",
     "query-tpm",
 )
-"""QMP commands that change nothing; what they reply is kept as it is."""
+"""QMP commands that change nothing; what they reply is kept as it is, but for secrets in the names of images."""
 
 MAX_BYTES = 8 << 20
 """Of all of it as JSON: far above what a machine with a thousand devices has."""
 
 _MAX_COMMAND_LINE = 1 << 20
-_SECRET = re.compile(r"""((?:^|[,{\s])"?(?:data|password|passwd|secret-data)"?\s*[=:]\s*"?)[^,"}\s]+""")
+_KEY = r"(?:[\w.-]+\.)?(?:data|password|passwd|secret-data)"
+_SECRETS = (
+    re.compile(rf'("{_KEY}"\s*:\s*")(?:[^"\\]|\\.)*'),  # JSON, where a quote may be escaped
+    re.compile(rf"((?:^|,){_KEY}=)(?:[^,]|,,)+"),  # QEMU's options, where a comma is written twice
+    re.compile(rf"(\s{_KEY}=)[^\s,\"}}]+"),  # words within a word
+    re.compile(r"(:key=)[^:,\"}\s]+"),  # Ceph's, in the name of an image
+    re.compile(r"(://[^/@\s:%\"]*[:%])[^/@\s\"]+(?=@)"),  # of a URI's user
+)
 _HIDDEN = r"\1***"
 
 
@@ -75,7 +82,7 @@ async def machine_facts(monitor: Monitor, deadline: Deadline) -> bytes:
         "schema": SCHEMA,
         "machine": machine,
         "command_line": command_line(monitor.peer),
-        "qmp": replies,
+        "qmp": _cleared(replies),
         "refused": refused,
     }
     text = json.dumps(facts, indent=1, sort_keys=True).encode()
@@ -98,4 +105,19 @@ def command_line(peer: Peer | None) -> list[str] | None:
 
 def without_secrets(words: Sequence[str]) -> list[str]:
     """Returns a command line with the values of secrets replaced by asterisks."""
-    return [_SECRET.sub(_HIDDEN, word) for word in words]
+    return [_without_secrets(word) for word in words]
+
+
+def _without_secrets(text: str) -> str:
+    for secret in _SECRETS:
+        text = secret.sub(_HIDDEN, text)
+    return text
+
+
+def _cleared(reply: object) -> object:
+    """Returns a reply with secrets in its texts replaced: names of images may have them."""
+    if isinstance(reply, str):
+        return _without_secrets(reply)
+    if isinstance(reply, Mapping):
+        return {name: _cleared(value) for name, value in reply.items()}
+    return [_cleared(each) for each in reply] if isinstance(reply, list) else reply
