@@ -15,7 +15,7 @@ from qmpnbd.backup.prune import Choice, carry_out, choose, choose_without
 from qmpnbd.backup.repository import Repository, chain_of
 from qmpnbd.backup.retention import Policy
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import RepositoryBusyError, RepositoryDamagedError, UsageError
+from qmpnbd.errors import NotProvedError, RepositoryBusyError, RepositoryDamagedError, UsageError
 from tests.chains import converted, run
 from tests.stored import CHAIN, SIZE, Stored, make_backup
 
@@ -180,3 +180,23 @@ def test_rotten_data_is_not_merged_into_a_layer_with_fresh_hashes(repository: Re
         remove(repository, first)
     assert len(repository.backups(CHAIN)) == 4
     assert not [each for each in (repository.path / CHAIN).iterdir() if each.name.startswith(".")]
+
+
+def test_a_merged_layer_is_read_again_before_what_it_was_made_of_goes(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The medium changes a byte of it."""
+    first, *_ = four(repository)
+
+    def rot(path: str) -> None:
+        content = bytearray(Path(path).read_bytes())
+        content[content.index(bytes([1]) * 4096)] ^= 1
+        Path(path).write_bytes(content)
+
+    monkeypatch.setattr("qmpnbd.backup.prove_layer.forget", rot)
+    with pytest.raises(NotProvedError, match="are not what was backed up"):
+        remove(repository, first)
+    monkeypatch.undo()
+    assert len(repository.backups(CHAIN)) == 4
+    assert not [each for each in (repository.path / CHAIN).iterdir() if each.name.startswith(".")]
+    remove(repository, first)

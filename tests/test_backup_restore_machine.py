@@ -15,7 +15,7 @@ from qmpnbd.backup.restore import RestoreOptions
 from qmpnbd.backup.restore_machine import RestoredMachine, WantedMachine, restore_machine
 from qmpnbd.backup.template import template_for
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import RepositoryDamagedError, TargetInUseError, UsageError
+from qmpnbd.errors import NotProvedError, RepositoryDamagedError, TargetInUseError, UsageError
 from tests.chains import converted
 from tests.servers import qemu_img, qemu_io, wait_until
 from tests.stored import Stored, make_backup
@@ -159,3 +159,33 @@ def test_a_run_that_is_ended_leaves_no_folder_and_the_next_one_is_whole(
     assert len(list(here.glob("*vm*"))) == (number == signal.SIGKILL)
     qmpnbd(*command[len(COMMAND) :])
     assert [path.name for path in here.glob("*vm*")] == ["vm"]
+
+
+@pytest.mark.parametrize(
+    ("form", "ending", "message"),
+    [("raw", ".raw", "its hash is another one"), ("chain", ".qcow2", "are not what was backed up")],
+)
+def test_what_is_read_back_as_something_else_leaves_no_folder(
+    made: tuple[Repository, Backup],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: Form,
+    ending: str,
+    message: str,
+) -> None:
+    """A medium that changes a byte: of a file beside the disks, and of a layer of a chain."""
+    repository, _ = made
+
+    changed = {"0002-disk_0.qcow2": bytes([5]) * 4096, "pflash1.nvram.raw": b"odd"}
+
+    def rot(path: str) -> None:
+        for name, sought in changed.items():
+            if name in path and path.endswith((ending, ".part")):
+                content = bytearray(Path(path).read_bytes())
+                content[content.index(sought)] ^= 1
+                Path(path).write_bytes(content)
+
+    monkeypatch.setattr("qmpnbd.backup.prove_layer.forget", rot)
+    with pytest.raises(NotProvedError, match=message):
+        restored(repository, tmp_path / "vm", form)
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"]

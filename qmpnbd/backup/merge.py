@@ -25,16 +25,16 @@ from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.closes import Closes
 from qmpnbd.backup.content import ABSENT, DATA, PIECE, ZERO, aligned, pieces
 from qmpnbd.backup.copy import CopyOptions, copy
-from qmpnbd.backup.destination import forget
 from qmpnbd.backup.hashes import Hashes
 from qmpnbd.backup.layer import Layer
 from qmpnbd.backup.layout import backing_name
 from qmpnbd.backup.manifest import ManifestDisk
+from qmpnbd.backup.prove_layer import file_bytes, prove_layer
 from qmpnbd.backup.prune_plan import Merge
 from qmpnbd.backup.qcow2_target import Backing, Qcow2Target
 from qmpnbd.backup.reads import Buffers
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import NotProvedError, RepositoryDamagedError
+from qmpnbd.errors import RepositoryDamagedError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.printable import printable
 
@@ -182,7 +182,7 @@ def merged(
         digests = copy(source, target, content, replace(options, hashes=True), deadline).digests
         hashes = Hashes(content, digests or b"")
         target.settle()
-        _prove(Path(target.read_from), hashes, target.where, deadline)
+        prove_layer(Path(target.read_from), hashes, deadline, read_data=True)
         target.finish()
     hashes.save(place / disk.hashes)
     totals = content.totals()
@@ -192,7 +192,7 @@ def merged(
             "kind": kind,
             "base": merge.base,
             "template": lowest.template,
-            "file_bytes": (place / disk.file).stat().st_size,
+            "file_bytes": file_bytes(place / disk.file),
             "data_bytes": totals.get(DATA, 0),
             "zero_bytes": totals.get(ZERO, 0),
             "cluster_size": cluster_size,
@@ -225,14 +225,3 @@ def _owners(contents: Sequence[ExtentMap]) -> ExtentMap:
         # Past the end of a shorter layer there are zeroes, whatever lies below that.
         found = own if found is None else found.resized(content.size, ZERO).overlay(own, ABSENT)
     return found if found is not None else ExtentMap([], [])
-
-
-def _prove(path: Path, hashes: Hashes, where: str, deadline: Deadline) -> None:
-    forget(str(path))
-    with Layer(path, deadline) as written:
-        same = written.content() == hashes.content and all(
-            digest == hashes.digest(index) for index, (_, _, digest) in enumerate(written.digests(hashes.content))
-        )
-    if not same:
-        remedy = "See the kernel's log for what is wrong with the file system; nothing was changed."
-        raise NotProvedError("the merged layer does not read as it was written", where=where, remedy=remedy)

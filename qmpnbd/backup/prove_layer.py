@@ -1,7 +1,7 @@
-"""The proof of what a backup is made of before it is published: files are held against what was meant to be written.
+"""The proof of files of a backup before they get their name: they are held against what was meant to be written.
 
-The hashes were computed of what came from QEMU, before it was written. Here the bytes come from the file, and from
-the medium as far as the kernel lets go of what it keeps in memory.
+The hashes were computed of what came from QEMU, or from layers that are merged, before it was written. Here the bytes
+come from the file, and from the medium as far as the kernel lets go of what it keeps in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qmpnbd.deadline import Deadline
 from qmpnbd.errors import ImageError, NotProvedError, RepositoryDamagedError, TargetError
 from qmpnbd.printable import printable
 
-_REMEDY = "Nothing was published. See the kernel's log for what is wrong with the medium, and make the backup again."
+_REMEDY = "Nothing of it was kept. See the kernel's log for what is wrong with the medium, and run again."
 
 
 def prove_layer(path: Path, hashes: Hashes, deadline: Deadline, *, read_data: bool) -> None:

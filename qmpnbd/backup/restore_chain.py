@@ -16,14 +16,12 @@ from pathlib import Path
 from qmpnbd.backup.backups import Backup
 from qmpnbd.backup.content import aligned
 from qmpnbd.backup.copy import CopyOptions, copy
-from qmpnbd.backup.destination import forget
-from qmpnbd.backup.layers import RestoreSource, StoredLayer
+from qmpnbd.backup.layers import RestoreSource
 from qmpnbd.backup.newfolder import new_folder
 from qmpnbd.backup.point import Point, open_layer
-from qmpnbd.backup.proof import REMEDY
+from qmpnbd.backup.prove_layer import prove_layer
 from qmpnbd.backup.qcow2_target import Backing, Compression, Qcow2Target
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import NotProvedError, RepositoryDamagedError
 from qmpnbd.printable import printable
 
 
@@ -88,18 +86,8 @@ class ChainCopy:
             with RestoreSource([open_layer(backup, name, deadline)], printable(os.fspath(backup.path))) as source:
                 copied = copy(source, target, content, self._options, deadline)
             target.finish()
-            forget(os.fspath(path))
-            with StoredLayer.open(path, hashes, deadline) as written:
-                _prove(written, deadline)
+            prove_layer(path, hashes, deadline, read_data=True)
         except BaseException:
             target.discard()
             raise
         return copied.data_bytes
-
-
-def _prove(written: StoredLayer, deadline: Deadline) -> None:
-    try:
-        written.require_map()
-        written.require_hashes(deadline)
-    except RepositoryDamagedError as error:
-        raise NotProvedError(error.what, where=error.where, remedy=REMEDY) from error

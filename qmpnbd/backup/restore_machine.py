@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Final
 
 from qmpnbd.backup.backups import Backup
-from qmpnbd.backup.destination import Destination, Form, forget
-from qmpnbd.backup.fingerprint import chunks_of, sha256_of
+from qmpnbd.backup.destination import Destination, Form
+from qmpnbd.backup.fingerprint import chunks_of
 from qmpnbd.backup.manifest import ExtraFile
 from qmpnbd.backup.newfile import NewFile
 from qmpnbd.backup.newfolder import new_folder
 from qmpnbd.backup.point import LATEST, Wanted, chosen_chain
-from qmpnbd.backup.proof import REMEDY
+from qmpnbd.backup.prove_layer import prove_extra
 from qmpnbd.backup.repository import Repository
 from qmpnbd.backup.restore import Restored, RestoreOptions, restore
 from qmpnbd.backup.template import template_for
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import ImageError, NotProvedError, RepositoryDamagedError
+from qmpnbd.errors import ImageError, RepositoryDamagedError
 from qmpnbd.printable import printable
 
 _ENDINGS: Final[dict[Form, str]] = {"raw": ".raw", "qcow2": ".qcow2", "chain": ""}
@@ -127,9 +127,7 @@ def _restore_file(backup: Backup, extra: ExtraFile, place: Path, deadline: Deadl
                 "it is rotten: its hash is another one", where=printable(source), remedy=remedy
             )
         target.settle()
-        forget(str(target.beside))
-        if sha256_of(str(target.beside), deadline) != extra.sha256:
-            raise NotProvedError("it is not what was written", where=target.where, remedy=REMEDY)
+        prove_extra(target.beside, extra, deadline, read_data=True)
         target.publish(force=False)
     except ImageError as error:
         raise RepositoryDamagedError(str(error.args[0]), where=printable(source)) from error
