@@ -160,7 +160,13 @@ class TestLock:
         with repository.lock("another") as killed:
             assert killed is None
 
-    @pytest.mark.parametrize("content", [b"", b"nonsense", b"[" * 5000, b'{"pid": "x"}', b"\xff"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *(b"", b"nonsense", b"[" * 5000, b'{"pid": "x"}', b"\xff"),
+            *(b'{"pid": %s, "host": "x", "since": "", "what": ""}' % pid for pid in (b"1e999", b"9" * 40, b"0", b"-1")),
+        ],
+    )
     def test_one_that_says_nothing_of_sense_is_still_held(self, repository: Repository, content: bytes) -> None:
         with repository.lock("a backup"):
             (repository.path / ".lock").write_bytes(content)

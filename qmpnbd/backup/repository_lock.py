@@ -25,6 +25,7 @@ from qmpnbd.printable import printable
 _LONGEST = 4096
 _SILENT_SECONDS = 1.0
 _LOOK = 0.01
+_HIGHEST_PID = (1 << 31) - 1
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -180,9 +181,10 @@ def _holder(file: int) -> Holder | None:
     """Returns whom the file names; None if it is empty or says nothing of sense."""
     try:
         told = json.loads(os.pread(file, _LONGEST, 0))
-        return Holder(int(told["pid"]), str(told["host"]), str(told["since"]), str(told["what"]))
-    except (ValueError, TypeError, KeyError, RecursionError):
+        holder = Holder(int(told["pid"]), str(told["host"]), str(told["since"]), str(told["what"]))
+    except (ValueError, OverflowError, TypeError, KeyError, RecursionError):
         return None
+    return holder if 0 < holder.pid <= _HIGHEST_PID else None
 
 
 def _busy(holder: Holder | None, path: Path) -> RepositoryBusyError:
