@@ -17,7 +17,8 @@ from qmpnbd.backup.check import Checked, check
 from qmpnbd.backup.check_rules import Rule
 from qmpnbd.backup.copy import CopyOptions
 from qmpnbd.backup.hashes import Hashes
-from qmpnbd.backup.manifest import MAX_MANIFEST, Manifest
+from qmpnbd.backup.layout import JOURNAL
+from qmpnbd.backup.manifest import MAX_MANIFEST, Journal, Manifest, Replaced
 from qmpnbd.backup.prune import carry_out, choose_restorable
 from qmpnbd.backup.repository import Repository, chain_of
 from qmpnbd.deadline import Deadline
@@ -321,6 +322,23 @@ def test_a_backup_that_is_a_link_is_not_followed(repository: Repository, tmp_pat
     folder.symlink_to(tmp_path / folder.name)
     assert (Rule.MANIFEST, "2") in rules(repository)
     assert restorable(repository) == {"1"}
+
+
+def test_a_journal_that_is_a_link_is_not_carried_out(repository: Repository, tmp_path: Path) -> None:
+    """Files of somebody else's would be moved into the repository."""
+    name = manifest_path(repository, 2).parent.name
+    theirs = tmp_path / "theirs"
+    (theirs / name).mkdir(parents=True)
+    (theirs / name / "vd0.qcow2").write_bytes(b"theirs")
+    (theirs / "journal.json").write_bytes(
+        Journal(replaced=(Replaced(folder=name, files=("vd0.qcow2",)),), removed=()).to_json()
+    )
+    (repository.path / CHAIN / JOURNAL).symlink_to(theirs)
+    with repository.lock("test"), pytest.raises(RepositoryDamagedError, match="it is no folder"):
+        repository.recover()
+    assert (theirs / name / "vd0.qcow2").read_bytes() == b"theirs"
+    (repository.path / CHAIN / JOURNAL).unlink()
+    assert restorable(repository) == {"1", "2", "3"}
 
 
 def test_a_fifo_is_not_waited_for(repository: Repository) -> None:

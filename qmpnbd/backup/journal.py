@@ -16,6 +16,7 @@ from qmpnbd.backup import durable
 from qmpnbd.backup.backups import read_file
 from qmpnbd.backup.layout import JOURNAL, BackupName, pruning_name
 from qmpnbd.backup.manifest import MAX_MANIFEST, Journal, Replaced
+from qmpnbd.errors import RepositoryDamagedError
 from qmpnbd.printable import printable
 
 _LIST = "journal.json"
@@ -91,6 +92,9 @@ def roll_forward(folder: Path) -> list[str]:
     path = folder / JOURNAL
     if not path.exists():
         return []
+    if path.is_symlink():
+        remedy = "Remove it; what it leads to is nothing of the repository's."
+        raise RepositoryDamagedError("it is no folder", where=printable(str(path)), remedy=remedy)
     where = path / _LIST
     journal = Journal.of_json(read_file(where, MAX_MANIFEST), printable(str(where)))
     done = []
