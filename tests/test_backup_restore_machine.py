@@ -189,3 +189,16 @@ def test_what_is_read_back_as_something_else_leaves_no_folder(
     with pytest.raises(NotProvedError, match=message):
         restored(repository, tmp_path / "vm", form)
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]
+
+
+def test_who_does_not_say_which_backup_or_which_disk_is_told_what_to_say(
+    made: tuple[Repository, Backup], here: Path
+) -> None:
+    repository, _ = made
+    told = qmpnbd("restore", repository.path, "vm", code=2).stderr
+    assert "required: TARGET. The newest backup is called latest: qmpnbd restore REPO latest FILE for a disk" in told
+    assert "qmpnbd restore REPO latest FOLDER --machine" in told
+    assert "with --machine" in qmpnbd("restore", repository.path, "latest", "vm", code=2).stderr
+    assert "or --machine, for all" in qmpnbd("restore", repository.path, "latest", "vm.raw", code=2).stderr
+    assert [path.name for path in here.iterdir()] == ["repository"]
+    qmpnbd("restore", repository.path, "latest", "vm", "--machine")

@@ -84,7 +84,8 @@ def destination(target: str, named: Literal["", "raw", "qcow2", "chain"]) -> Des
         return Destination(target, found)
     found = named or _ENDINGS.get(Path(target).suffix)
     if found is None:
-        remedy = "Say it with --format (of qmpnbd copy: --target-format), or choose a name that ends in .raw or .qcow2."
+        remedy = "Say it with --format (of qmpnbd copy: --target-format), or choose a name ending in .raw or .qcow2; "
+        remedy += "qmpnbd restore makes a folder of all disks with --machine."
         raise UsageError("its name does not tell what it shall be", where=printable(target), remedy=remedy)
     return Destination(target, found)
 

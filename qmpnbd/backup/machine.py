@@ -1,7 +1,7 @@
 """What a machine is, beside its disks: what QEMU tells of it, and how it was started; for who has to build it again.
 
-Secrets that stand on QEMU's command line, or in the names of images, are left out. What QEMU does not know or refuses to
-tell is left out, too, and named: a backup does not fail for want of it.
+Secrets that stand on QEMU's command line, or in the names of images, are left out. What QEMU does not know or refuses
+to tell is left out, too, and named: a backup does not fail for want of it.
 """
 
 from __future__ import annotations

@@ -111,9 +111,8 @@ def find_point(wanted: Wanted) -> Point:
     disks = [disk.name for disk in backup.manifest.disks]
     if not wanted.disk and len(disks) != 1:
         names = ", ".join(map(printable, disks))
-        raise UsageError(
-            f"it has {len(disks)} disks", where=printable(str(backup.path)), remedy=f"Give --disk: {names}."
-        )
+        remedy = f"Give --disk: {names}; or --machine, for all of them in a folder."
+        raise UsageError(f"it has {len(disks)} disks", where=printable(str(backup.path)), remedy=remedy)
     return point_of(backup, wanted.disk or disks[0], wanted.template)
 
 

@@ -12,18 +12,26 @@ from qmpnbd import __version__
 from qmpnbd.cli.commands import COMMANDS, add_verbosity, register
 from qmpnbd.cli.help import USAGE, help_text
 
+MISSING = "the following arguments are required"
+"""How argparse begins to tell it."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that asks 'did you mean' where an option is not known.
+
+    Args:
+        if_missing: what to say when an argument is missing.
+        settings: of `argparse.ArgumentParser`.
 
     Attributes:
         given: the arguments that are parsed.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, if_missing: str = "", **settings: Any) -> None:
         settings |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(**settings)
         self.given: Sequence[str] = ()
+        self._if_missing = if_missing
 
     def format_help(self) -> str:
         """Returns the help; descriptions are filled, but for those that have lines of their own."""
@@ -36,6 +44,8 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         names = [word.partition("=")[0] for word in self.given if word.startswith("--") and word != "--"]
         asked = [(name, did_you_mean(name, known)) for name in names if name not in known]
+        if self._if_missing and message.startswith(MISSING):
+            message += f". {self._if_missing}"
         super().error(message + "".join(f" ({name} is unknown{question})" for name, question in asked if question))
 
 

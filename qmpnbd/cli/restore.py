@@ -41,8 +41,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "backup. Every piece of data is hashed when it is read from the repository, and again when it is read back "
         "from TARGET; a file gets its name only then. What is there is never overwritten without --force, and what is "
         "in use not even then; no folder is ever replaced.",
+        if_missing="The newest backup is called latest: qmpnbd restore REPO latest FILE for a disk, "
+        "qmpnbd restore REPO latest FOLDER --machine for all disks",
         allow_abbrev=False,
     )
+    # WHICH has no default: who forgets TARGET would get a file that is called as the backup.
     add_point(parser)
     parser.add_argument(
         "target",
