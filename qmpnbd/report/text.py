@@ -151,6 +151,10 @@ def _compared(disk: DiskReport) -> Iterator[str]:
         aside = f", {human_size(entry.set_aside_bytes)} not judged" if entry.set_aside_bytes else ""
         note = f" ({shown(entry.note)})" if entry.note else ""
         yield f"  {shown(entry.what)}: {_HEADLINES[entry.verdict].lower()}{amount}{aside}{note}"
+    if disk.content_hashes:
+        total, hashed = len(disk.content_hashes), sum(each.sha256 is not None for each in disk.content_hashes)
+        of = f"{total:,}" if hashed == total else f"{hashed:,} of {total:,}"
+        yield f"    SHA-256 of {of} {'range' if total == 1 else 'ranges'} of it: content_hashes in --json"
 
 
 def _discrepancies(disk: DiskReport) -> Iterator[str]:

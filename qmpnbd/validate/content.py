@@ -7,14 +7,17 @@ blocks are told, with the SHA-256 of both sides: with that and the offset anybod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from qmpnbd.deadline import Deadline
+from qmpnbd.extents import ExtentMap
 from qmpnbd.images.layers import Chain
 from qmpnbd.nbd.client import Client
+from qmpnbd.report.model import RangeHashEntry
+from qmpnbd.validate.hashes import Hashes
 
 _BLOCK = 4096
 
@@ -43,21 +46,21 @@ class ContentDifference:
 def compare_content(
     client: Client,
     chain: Chain,
-    ranges: Iterable[tuple[int, int]],
+    ranges: Sequence[tuple[int, int]],
     deadline: Deadline,
     on_bytes: Callable[[int], None],
-) -> list[ContentDifference]:
+) -> tuple[list[ContentDifference], tuple[RangeHashEntry, ...]]:
     """Compares ranges of a disk.
 
     Args:
         client: of the export.
         chain: of the files.
-        ranges: offset and length of each.
+        ranges: offset and length of each, in order.
         deadline: for all of it.
         on_bytes: told how many bytes have been compared, piece by piece.
 
     Returns:
-        The differences, in order.
+        The differences, in order, and each range with its hash.
 
     Raises:
         NbdError: the server failed.
@@ -65,12 +68,17 @@ def compare_content(
         DeadlineError: the time is over.
     """
     found: list[ContentDifference] = []
+    hashes = Hashes(ranges)
     for offset, served in client.chunks(ranges, deadline=deadline):
         computed = chain.read(offset, len(served))
         if served != computed:
             found += differences(offset, served, computed)
+            hashes.lose(offset)
+        else:
+            hashes.add(offset, served)
         on_bytes(len(served))
-    return sorted(found, key=lambda each: each.offset)
+    hashes.settle(ExtentMap.uniform(client.export.size, 0))
+    return sorted(found, key=lambda each: each.offset), hashes.told()
 
 
 def differences(offset: int, served: memoryview, computed: bytes | bytearray) -> Iterator[ContentDifference]:

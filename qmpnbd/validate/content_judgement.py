@@ -13,6 +13,7 @@ from typing import TypeAlias
 from qmpnbd.extents import ExtentMap
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.content import ContentDifference
+from qmpnbd.validate.hashes import Hashes
 from qmpnbd.validate.sample import sample, whole
 
 Read: TypeAlias = Callable[[int, int], Awaitable[bytes | bytearray]]
@@ -33,12 +34,14 @@ class ContentJudgement:
         found: the discrepancies so far.
         note: how the sample was chosen, or why nothing is compared.
         bytes: bytes that are compared.
+        hashes: of the ranges that are compared.
     """
 
     def __init__(self, choice: Choice) -> None:
         self.found: list[ContentDifference] = []
         self.note = ""
         self.bytes = 0
+        self.hashes = Hashes()
         self._choice = choice
         self._open: deque[Range] | None = deque() if choice.content == "none" else None
 
@@ -55,6 +58,7 @@ class ContentJudgement:
     def give_up(self, note: str) -> None:
         """Notes why the bytes cannot be compared."""
         self.note, self.bytes, self._open = note, 0, deque()
+        self.hashes = Hashes()
 
     def judge(self, touched: ExtentMap | None) -> None:
         """Ends a round; only where what was written meanwhile matters there is something left to do.
@@ -74,6 +78,7 @@ class ContentJudgement:
             whole_disk = self._choice.content == "whole"
             chosen = whole(depth.size) if whole_disk else sample(depth, self._choice.seed, alignment)
             self.note, self.bytes = chosen.note, chosen.bytes
+            self.hashes = Hashes(chosen.ranges)
             self._open = deque(_pieces(chosen.ranges))
         return self._open
 

@@ -19,7 +19,7 @@ from qmpnbd.validate.stamps import unchanged
 from qmpnbd.validate.target import ImageTarget, Target
 
 MAX_REPORT = 1 << 30
-"""Bytes of a report that is read: a million disks with some layers."""
+"""Bytes of a report that is read: some hundred thousand disks with a sample each."""
 
 
 class Former:

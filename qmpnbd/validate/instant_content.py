@@ -49,14 +49,22 @@ class InstantContent(ContentJudgement):
             some = list(islice(still_open, _AT_ONCE))
             told = [await served(offset, length) for offset, length in some]
             own = await files(some)
+            differing = set()
             doubtful = [(each, first, mine) for each, first, mine in zip(some, told, own, strict=True) if first != mine]
             if doubtful:
                 second = await again([each for each, _, _ in doubtful])
                 for (each, first, mine), (now, held) in zip(doubtful, second, strict=True):
                     _take_over(mine, now, held)
-                    self.found += differences(each[0], memoryview(first), mine)
-            for _ in some:
+                    if first != mine:
+                        self.found += differences(each[0], memoryview(first), mine)
+                        differing.add(each)
+            for each, first in zip(some, told, strict=True):
+                if each in differing:
+                    self.hashes.lose(each[0])
+                else:
+                    self.hashes.add(each[0], first)
                 still_open.popleft()
+        self.hashes.settle(ExtentMap.uniform(depth.size, 0))
 
 
 def _take_over(own: bytearray, now: bytearray, held: ExtentMap) -> None:

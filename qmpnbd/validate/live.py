@@ -4,7 +4,7 @@ What is opened here is an export with an NBD client on it, called a window. Wind
 aborts when a client of a disk in an iothread leaves before its export. A round::
 
     graph    which node does the export stand on now, which files lie below        (an export follows the graph)
-    watch    a dirty bitmap on every writable layer                                (not in the first round)
+    watch    a dirty bitmap on every writable layer                                (see below)
     served   the maps, over NBD
     flush    every writable layer, through a window of its own                     (QEMU flushes no backing files)
     files    the maps, computed                                                    (in a thread)
@@ -12,6 +12,8 @@ aborts when a client of a disk in an iothread leaves before its export. A round:
     content  piece by piece: served, from the files, and served again if the two differ
     watch    what was written meanwhile
     graph    the same as before? else the round says nothing
+
+The watch costs a little, so the first round goes without unless bytes are compared: which have a hash is told by it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmaps, remove_bitmap
 from qmpnbd.qmp.exports import ExportOptions, add_export, exported_node, remove_export
 from qmpnbd.qmp.graph import Link, below, chain_of
-from qmpnbd.qmp.inventory import read_graph, require_safe_moment
+from qmpnbd.qmp.inventory import read_graph, read_nodes, require_safe_moment
 from qmpnbd.qmp.monitor import Monitor
 from qmpnbd.qmp.naming import bitmap_name, export_id
 from qmpnbd.qmp.teardown import TakeDown
@@ -194,7 +196,7 @@ class LiveDisk:
             disk = cls(place, stack, window, choice)
             try:
                 for number in range(rounds):
-                    await disk._attempt(watched=number > 0)
+                    await disk._attempt(watched=number > 0 or choice.content != "none")
                     if disk._findings.settled:
                         break
             except DeadlineError:
@@ -270,12 +272,23 @@ class LiveDisk:
         """Ends the watch and returns what was written in any writable layer: 1, or 0."""
         size = self._findings.size
         touched = ExtentMap.uniform(size, 0)
+        if not watch:
+            return touched
         await disable_bitmaps(self._place.monitor, watch, self._place.deadline)
+        clean = await self._clean()
         for node, name in watch:
+            if (node, name) in clean:
+                continue
             window = await open_window(self._place, stack, node, [DIRTY + name], [name])
             dirty = (await window.client.maps(deadline=self._place.deadline))[DIRTY + name]
             touched = touched.combine(dirty.resized(size, 0), np.maximum)
         return touched
+
+    async def _clean(self) -> set[tuple[str, str]]:
+        """Returns node and name of the bitmaps that have no dirty bit: those need not be read over NBD."""
+        nodes = await read_nodes(self._place.monitor, self._place.deadline)
+        bitmaps = ((node.node_name, each) for node in nodes for each in node.dirty_bitmaps)
+        return {(node, each.name) for node, each in bitmaps if node and each.name and not each.count}
 
 
 def same_files(reading: Reading, monitor: Monitor) -> bool:

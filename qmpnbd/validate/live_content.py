@@ -8,7 +8,8 @@ For each piece in a round::
     served alike before and after, and in which nothing was written in the round is a discrepancy; any other piece that
     differs is read again in the next round.
 
-It is the rule for the maps (`validate.compare`), applied to bytes.
+It is the rule for the maps (`validate.compare`), applied to bytes. A range of which all pieces agreed at once in the
+first round that counts, and in which nothing was written all that round, has a hash (`validate.hashes`).
 """
 
 from __future__ import annotations
@@ -38,11 +39,15 @@ class LiveContent(ContentJudgement):
             computed: reads from the files.
         """
         self._candidates = {}
-        for offset, length in self._still_open(depth, alignment):
+        still_open = self._still_open(depth, alignment)
+        self.hashes.begin()
+        for offset, length in still_open:
             first = await served(offset, length)
             own = await computed(offset, length)
             if first == own:
+                self.hashes.add(offset, first)
                 continue
+            self.hashes.lose(offset)
             again = await served(offset, length)
             if again != own:
                 self._candidates[offset, length] = _stable(offset, first, own, again)
@@ -55,6 +60,7 @@ class LiveContent(ContentJudgement):
         """
         if self.settled:
             return
+        self.hashes.settle(touched)
         still_open: deque[Range] = deque()
         for (offset, length), runs in self._candidates.items():
             at_rest = touched is not None and not touched.clip(offset, offset + length).values.any()

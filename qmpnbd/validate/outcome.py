@@ -73,6 +73,7 @@ def disk_report(
         files_verified=findings.verified and findings.rounds > 0,
         seconds=round(seconds, 3),
         compared=compared,
+        content_hashes=findings.content.hashes.told(),
     )
 
 

@@ -26,6 +26,10 @@ MAX_BOUNDARIES = 128
 RUNS_A_DEPTH = 4
 """Places inside of runs that are looked at for each depth."""
 
+MAX_RANGES = 4096
+"""Ranges in which a whole disk is compared: each has its hash in the report."""
+
+_LEAST = 1 << 20  # bytes of such a range
 _SHIFT = np.uint64(32)  # allocation depths have 32 bits
 _AROUND = 4096  # bytes on each side of a boundary
 _INSIDE = 32768  # bytes inside a run
@@ -51,8 +55,9 @@ class Sample:
 
 
 def whole(size: int) -> Sample:
-    """Returns all of a disk."""
-    return Sample(((0, size),) if size else (), "")
+    """Returns all of a disk, in ranges of a power of two, `MAX_RANGES` at most."""
+    step = max(_LEAST, 1 << (-(-size // MAX_RANGES) - 1).bit_length())
+    return Sample(tuple((offset, min(step, size - offset)) for offset in range(0, size, step)), "")
 
 
 def both(computed: ExtentMap, served: ExtentMap) -> ExtentMap:

@@ -25,6 +25,7 @@ from qmpnbd.images.mapentries import Generation
 from qmpnbd.nbd.client import Client
 from qmpnbd.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION
 from qmpnbd.nbd.limits import Limits
+from qmpnbd.report.model import RangeHashEntry
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.compare import Comparison, Discrepancy, MapFinding, compared, marked
 from qmpnbd.validate.content import ContentDifference, compare_content
@@ -43,11 +44,13 @@ class ContentFinding:
     Attributes:
         sample: which were compared.
         differences: where they differ.
+        hashes: the ranges of the sample, with the hash of each.
         note: why none were compared; may be empty.
     """
 
     sample: Sample
     differences: Sequence[ContentDifference] = ()
+    hashes: tuple[RangeHashEntry, ...] = ()
     note: str = ""
 
 
@@ -193,10 +196,10 @@ class StillDisk:
             chosen = sample(both(depth, served), self.terms.choice.seed, export.minimum_block)
         told = partial(self._told, total=chosen.bytes)
         try:
-            found = compare_content(client, self.chain, chosen.ranges, self.terms.deadline, told)
+            found, hashes = compare_content(client, self.chain, chosen.ranges, self.terms.deadline, told)
         except ImageUnsupportedError as error:
-            return ContentFinding(Sample((), ""), (), error.what)
-        return ContentFinding(chosen, found)
+            return ContentFinding(Sample((), ""), note=error.what)
+        return ContentFinding(chosen, found, hashes)
 
     def _told(self, count: int, total: int) -> None:
         self.terms.on_bytes(count, total)

@@ -65,6 +65,7 @@ def still_report(target: Target, findings: StillFindings, terms: Terms, qemu: st
         source=target.source,
         qemu=qemu,
         compared=compared,
+        content_hashes=() if findings.content is None else findings.content.hashes,
         choice=str(terms.choice),
         files=tuple(stamp.entry() for stamp in findings.stamps),
     )

@@ -86,6 +86,22 @@ class ComparedEntry(Part):
     note: str = ""
 
 
+class RangeHashEntry(Part):
+    """A range whose bytes were compared, and what they were.
+
+    Attributes:
+        offset: its first byte.
+        length: bytes.
+        sha256: SHA-256 of its bytes, in hexadecimal, as ``dd | sha256sum`` tells it of a copy of the disk. Null where
+            the two sides differ (the discrepancies have both hashes), and on a running disk where something was written
+            while it was compared, so that its bytes are not those of one moment.
+    """
+
+    offset: int
+    length: int
+    sha256: str | None
+
+
 class FileEntry(Part):
     """A file as it was when it was read: by this, a later run knows whether it is still the same.
 
@@ -159,6 +175,8 @@ class DiskReport(Part):
         source: where it was found: the monitor, the URI, or the image file.
         qemu: version of the QEMU that served it; empty if that is not known.
         compared: what was compared, with a verdict on each.
+        content_hashes: the ranges whose bytes were compared: those of the sample, or the whole disk in ranges of a
+            power of two, of 1 MiB at least and so large that there are 4096 at most; empty if no bytes were compared.
         choice: what was asked to be compared (`qmpnbd.validate.choice.Choice`), as text.
         files: the image files as they were read; none for a running guest's, which change all the time.
         agreed_in: when the former report was made from which the verdict was taken, because nothing has changed since;
@@ -179,6 +197,7 @@ class DiskReport(Part):
     source: str = ""
     qemu: str = ""
     compared: tuple[ComparedEntry, ...] = ()
+    content_hashes: tuple[RangeHashEntry, ...] = ()
     choice: str = ""
     files: tuple[FileEntry, ...] = ()
     agreed_in: str = ""
