@@ -8,7 +8,7 @@ The two maps cannot be read at one instant, so a difference may be the guest's d
     round. A byte that differs from both, was served alike before and after, and was not touched all the while is a
     discrepancy. Whatever else differs is open, and judged again in the next round.
 
-The watch (dirty bitmaps) costs a little, so a round may go without it, and finds no discrepancy then. What is open
+The watch (dirty bitmaps) costs a little, so the first round goes without it and finds no discrepancy. What is open
 after the last round is set aside, and told.
 """
 

@@ -13,7 +13,8 @@ aborts when a client of a disk in an iothread leaves before its export. A round:
     watch    what was written meanwhile
     graph    the same as before? else the round says nothing
 
-The watch costs a little, so the first round goes without unless bytes are compared: which have a hash is told by it.
+The watch costs a little, and no discrepancy counts in the first round, so that goes without unless bytes are compared:
+which of them have a hash is told by it.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ class LiveDisk:
         self._flusher = Flusher(place, stack)
         refused = base_refusal(place.monitor.version)
         self._generation = generation_of(place.monitor.version) if choice.base and not refused else None
+        self._hashing = choice.content != "none"
         self._content = LiveContent(choice)
         self._findings = Findings(window.client.export.size, choice, refused, self._content)
 
@@ -196,7 +198,7 @@ class LiveDisk:
             disk = cls(place, stack, window, choice)
             try:
                 for number in range(rounds):
-                    await disk._attempt(watched=number > 0 or choice.content != "none")
+                    await disk._attempt(final=number > 0)
                     if disk._findings.settled:
                         break
             except DeadlineError:
@@ -204,14 +206,15 @@ class LiveDisk:
                     raise  # what has been found is worth more than what could not be finished
             return disk._findings, await explained(disk._findings, listed, place.deadline)
 
-    async def _attempt(self, *, watched: bool) -> None:
+    async def _attempt(self, *, final: bool) -> None:
         try:
             async with AsyncExitStack() as stack:
-                await self._round(stack, watched=watched)
+                await self._round(stack, final=final)
         except _ROUND_ERRORS as error:
             self._findings.add_failure(error)
 
-    async def _round(self, stack: AsyncExitStack, *, watched: bool) -> None:
+    async def _round(self, stack: AsyncExitStack, *, final: bool) -> None:
+        watched = final or self._hashing
         place, deadline = self._place, self._place.deadline
         await require_safe_moment(place.monitor, deadline)
         node_name = await self._exported_node()
@@ -231,6 +234,8 @@ class LiveDisk:
         if now != below(graph, node_name):
             self._findings.add_void()
             return
+        self._content.hashes.settle(touched)
+        touched = touched if final else None  # what differs for the first time is looked at once more
         self._findings.add(reading, before, after, touched, verified=same_files(reading, place.monitor))
 
     async def _exported_node(self) -> str:

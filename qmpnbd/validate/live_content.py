@@ -9,7 +9,8 @@ For each piece in a round::
     differs is read again in the next round.
 
 It is the rule for the maps (`validate.compare`), applied to bytes. A range of which all pieces agreed at once in the
-first round that counts, and in which nothing was written all that round, has a hash (`validate.hashes`).
+first round that counts, and in which nothing was written all that round, has a hash (`validate.hashes`); to settle that
+is left to who watches.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ class LiveContent(ContentJudgement):
         """
         if self.settled:
             return
-        self.hashes.settle(touched)
         still_open: deque[Range] = deque()
         for (offset, length), runs in self._candidates.items():
             at_rest = touched is not None and not touched.clip(offset, offset + length).values.any()

@@ -51,7 +51,7 @@ DEFAULT_SECONDS = 600.0
 DEFAULT_ROUNDS = 5
 
 MIN_ROUNDS = 2
-"""The first round finds no discrepancy if it is not watched (`qmpnbd.validate.live`)."""
+"""The first round finds no discrepancy."""
 
 
 @dataclass(frozen=True, slots=True)
