@@ -152,6 +152,15 @@ def test_fail_fast_begins_nothing_new(copies: Path) -> None:
     assert report.verdict == "error"
 
 
+def test_fail_fast_does_not_wait_for_a_guest_that_hangs(copies: Path, silent: str) -> None:
+    targets: list[Target] = [MonitorTarget(silent), ImageTarget(str(copies / "missing"))]
+    report = validated(targets, FleetOptions(jobs=2, fail_fast=True, each=Options(seconds=None)))
+    assert [(disk.verdict, disk.not_judged_because) for disk in report.disks] == [
+        ("not-judged", "fail-fast"),
+        ("error", ""),
+    ]
+
+
 @pytest.mark.parametrize("several", [False, True], ids=["one guest", "several"])
 def test_fail_fast_begins_no_other_disk_of_a_guest(copies: Path, *, several: bool) -> None:
     """Also where a single guest is validated, which is no fleet."""
@@ -170,6 +179,7 @@ def test_fail_fast_begins_no_other_disk_of_a_guest(copies: Path, *, several: boo
             ("b", "error"),
             ("c", "not-judged"),
         ]
+        assert [disk.not_judged_because for disk in report.disks] == ["", "", "fail-fast"]
         assert len(lines.read_text().splitlines()) == 3  # two disks, and the run
         assert [disk.verdict for disk in qmpnbd(*named, code=21).disks] == ["agreed", "error", "agreed"]
 

@@ -89,9 +89,7 @@ def add_many(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--jobs", type=_positive, metavar="N", help="guests and images at a time (default: one a processor)"
     )
-    group.add_argument(
-        "--fail-fast", action="store_true", help="begin nothing new after the first discrepancy or error"
-    )
+    group.add_argument("--fail-fast", action="store_true", help="end with the first discrepancy or error")
     group.add_argument(
         "--since",
         metavar="REPORT",

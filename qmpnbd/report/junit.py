@@ -63,7 +63,8 @@ def _case(suite: Xml.Element, report: ValidationReport, disk: DiskReport) -> Non
         message = f"{disk.set_aside_bytes} bytes could not be judged"
         Xml.SubElement(case, "error", {"type": "incomplete", "message": message}).text = disk_text(disk)
     elif disk.verdict == "not-judged":
-        Xml.SubElement(case, "error", {"type": "not-judged", "message": "its turn did not come"}).text = disk_text(disk)
+        message = f"because of --{disk.not_judged_because}" if disk.not_judged_because else "its turn did not come"
+        Xml.SubElement(case, "error", {"type": "not-judged", "message": message}).text = disk_text(disk)
     if disk.error is None:
         Xml.SubElement(case, "system-out").text = disk_text(disk)
 

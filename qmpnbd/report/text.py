@@ -103,7 +103,7 @@ def _many(report: ValidationReport, width: int | None) -> Iterator[_Line]:
     for disk in report.disks:
         if disk.verdict in quiet:
             again = f" (unchanged since {disk.agreed_in})" if disk.agreed_in else ""
-            yield shown(f"{_HEADLINES[disk.verdict]} {disk.name}{again}"), None
+            yield shown(f"{_HEADLINES[disk.verdict]} {disk.name}{again}{_because(disk)}"), None
     for disk in report.disks:
         if disk.verdict not in quiet:
             yield "", None
@@ -113,7 +113,7 @@ def _many(report: ValidationReport, width: int | None) -> Iterator[_Line]:
 def _disk(disk: DiskReport, source: str = "", width: int | None = None) -> Iterator[str]:
     node = f" (node {disk.node_name})" if disk.node_name else ""
     at = "" if source.endswith(disk.name) or not source else f" at {source}"
-    yield shown(f"disk {disk.name}{node}{at}: {_HEADLINES[disk.verdict]}")
+    yield shown(f"disk {disk.name}{node}{at}: {_HEADLINES[disk.verdict]}{_because(disk)}")
     if disk.error is not None:
         yield "  " + shown(f"{disk.error.where}: {disk.error.what}. {disk.error.remedy}".rstrip())
     if not was_judged(disk):
@@ -140,6 +140,10 @@ def _disk(disk: DiskReport, source: str = "", width: int | None = None) -> Itera
     elif disk.set_aside_bytes:
         yield f"  set aside, the guest wrote there all the time: {disk.set_aside_bytes} bytes"
     yield from (f"    [{run.offset}, {run.end})" for run in disk.set_aside[:_SHOWN])
+
+
+def _because(disk: DiskReport) -> str:
+    return f" (because of --{disk.not_judged_because})" if disk.not_judged_because else ""
 
 
 def _compared(disk: DiskReport) -> Iterator[str]:

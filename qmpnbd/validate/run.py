@@ -122,6 +122,15 @@ class SoFar:
         """Whether a disk has a discrepancy, or could not be validated."""
         return worst(self._done) in ("discrepancy", "error")
 
+    @property
+    def waiting(self) -> list[DiskReport]:
+        """Reports of the disks that have not been judged, which say so."""
+        return self._waiting[len(self._done) :]
+
+    def fail_fast(self) -> None:
+        """Notes that the rest is not judged because of a fault."""
+        self._waiting = [each.model_copy(update={"not_judged_because": "fail-fast"}) for each in self._waiting]
+
     def report(
         self, left_behind: Sequence[str], stopped: ErrorEntry | None = None, *, failed: bool = False
     ) -> ValidationReport:
@@ -132,7 +141,7 @@ class SoFar:
             stopped: what ended the run early; None if nothing did.
             failed: whether that was an error, not somebody's wish.
         """
-        disks = (*self._done, *self._waiting[len(self._done) :])
+        disks = (*self._done, *self.waiting)
         verdict = worst(disks)
         if failed and verdict != "discrepancy":
             verdict = "error"
@@ -244,6 +253,7 @@ class _Run:
                     lost = error if isinstance(error, MonitorLostError) else None
                     self._done(failed_disk_report(disk, error))
                 if self.options.fail_fast and self.so_far.failed:
+                    self.so_far.fail_fast()
                     return
 
     def _done(self, report: DiskReport) -> None:

@@ -15,6 +15,7 @@ from qmpnbd.report.model import (
     DiscrepancyEntry,
     DiskReport,
     ErrorEntry,
+    NotJudgedBecause,
     Verdict,
 )
 from qmpnbd.report.picture import picture_of
@@ -85,10 +86,16 @@ def failed_report(target: Target, error: QmpnbdError, choice: Choice, qemu: str 
     )
 
 
-def not_judged_report(target: Target, choice: Choice) -> DiskReport:
-    """Makes the report of a target whose turn did not come."""
+def not_judged_report(target: Target, choice: Choice, because: NotJudgedBecause = "") -> DiskReport:
+    """Makes the report of a target whose turn did not come, or that was stopped."""
     return DiskReport(
-        name=target.name, qom_path="", node_name="", verdict="not-judged", source=target.source, choice=str(choice)
+        name=target.name,
+        qom_path="",
+        node_name="",
+        verdict="not-judged",
+        source=target.source,
+        choice=str(choice),
+        not_judged_because=because,
     )
 
 

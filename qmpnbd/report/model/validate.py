@@ -10,6 +10,7 @@ from qmpnbd.report.model.export import InstantEntry
 from qmpnbd.report.model.parts import Document, ErrorEntry, LayerEntry, Part, RangeEntry
 
 Verdict = Literal["agreed", "discrepancy", "incomplete", "error", "not-judged"]
+NotJudgedBecause = Literal["", "fail-fast"]
 Finding = Literal["differs", "bitmap-misses-change"]
 
 
@@ -152,7 +153,8 @@ class DiskReport(Part):
         node_name: the node that was exported.
         verdict: ``agreed``; ``discrepancy`` (at least one); ``incomplete`` (none found, but not everything could be
             judged because the guest was writing there or the graph changed); ``error``; ``not-judged`` (the run ended
-            before it was its turn).
+            before it was its turn, or before it was done with it).
+        not_judged_because: ``fail-fast`` if another disk had a fault and the run was to end with it; empty otherwise.
         size: bytes of the disk as served.
         computed_size: bytes of the disk according to its files; differing from `size` is a discrepancy.
         layers: the backing chain, active layer first.
@@ -188,6 +190,7 @@ class DiskReport(Part):
     qom_path: str
     node_name: str
     verdict: Verdict
+    not_judged_because: NotJudgedBecause = ""
     size: int = 0
     computed_size: int = 0
     layers: tuple[LayerEntry, ...] = ()

@@ -47,7 +47,7 @@ complete -c qmpnbd -n '__fish_seen_subcommand_from validate' -l scratch -x -a '(
 complete -c qmpnbd -n '__fish_seen_subcommand_from validate' -l scratch-size -x -d 'for all disks together (default: most of what is free)'
 complete -c qmpnbd -n '__fish_seen_subcommand_from validate' -l bitmap-change -x -d 'take another point in time so long before, and prove that every bitmap that recorded since knows of all that changed; reads every disk that has one, twice'
 complete -c qmpnbd -n '__fish_seen_subcommand_from validate' -l jobs -x -d 'guests and images at a time (default: one a processor)'
-complete -c qmpnbd -n '__fish_seen_subcommand_from validate' -l fail-fast -d 'begin nothing new after the first discrepancy or error'
+complete -c qmpnbd -n '__fish_seen_subcommand_from validate' -l fail-fast -d 'end with the first discrepancy or error'
 complete -c qmpnbd -n '__fish_seen_subcommand_from validate' -l since -x -d 'take over from a former --json report what agreed, of images whose files are unchanged since; also to go on after Ctrl-C'
 complete -c qmpnbd -n '__fish_seen_subcommand_from validate' -l storage-daemon -x -d 'what serves images (default: qemu-storage-daemon)'
 complete -c qmpnbd -n '__fish_seen_subcommand_from validate' -l tls-certificates -x -a '(__fish_complete_directories)' -d 'folder with ca-cert.pem, and client-cert.pem and client-key.pem if the server asks who we are (default: the authorities the system trusts)'
