@@ -29,7 +29,7 @@ from qmpnbd.report.prometheus import validation_metrics
 from qmpnbd.report.strip import PICTURE_RUNS, bounded, bounded_marks
 from qmpnbd.report.svg import maps_svg
 from qmpnbd.report.text import validation_text
-from tests.reports import HOSTILE, MIB, disk, layers, report, sample
+from tests.reports import HOSTILE, MIB, disk, layers, report, sample, waiting
 
 STOPPED = ErrorEntry.of(DeadlineError("timed out", where="vd7"))
 maps = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=30).map(ExtentMap.of_extents)
@@ -245,6 +245,24 @@ class TestSvg:
     def test_an_empty_disk(self) -> None:
         root = Xml.fromstring("".join(maps_svg("x", {"qemu:allocation-depth": ExtentMap([], [])})))
         assert root.tag.endswith("svg")
+
+
+def test_disks_of_one_name_of_several_guests_are_told_apart() -> None:
+    """A file in which a time series is there twice is refused as a whole by node_exporter."""
+    guests = ("/run/a.qmp", "/run/b.qmp")
+    fleet = report(*(waiting("vd0").model_copy(update={"source": each}) for each in guests), monitor="", qemu="")
+    lines = "".join(validation_metrics(fleet)).splitlines()
+    series = [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
+    assert len(series) == len(set(series))
+    cases = Xml.fromstring(validation_junit(fleet)).iter("testcase")
+    assert [case.get("classname") for case in cases] == list(guests)
+    assert "<code></code>" not in page(fleet)
+
+
+def test_why_a_disk_was_not_judged_is_told_in_every_form() -> None:
+    of = report(waiting("vd0"), waiting("vd1").model_copy(update={"not_judged_because": "fail-fast"}))
+    for form in (page(of), validation_junit(of), validation_text(of)):
+        assert "because of --fail-fast" in form
 
 
 def test_the_json_document_has_no_picture() -> None:

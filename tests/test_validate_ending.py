@@ -16,18 +16,19 @@ import pytest
 
 from qmpnbd.cli.validate import exit_code
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import ImageMissingError, MonitorSilentError
+from qmpnbd.errors import DeadlineError, ImageMissingError, MonitorSilentError
 from qmpnbd.images.chain import LayerSpec
 from qmpnbd.images.mapentries import Generation
+from qmpnbd.nbd.uri import NbdUri
 from qmpnbd.qmp.address import MonitorAddress
 from qmpnbd.qmp.monitor import Monitor
-from qmpnbd.report.model import ValidationReport
+from qmpnbd.report.model import DiskReport, ValidationReport
 from qmpnbd.report.text import validation_text
 from qmpnbd.validate import fleet, live
 from qmpnbd.validate.fleet import Fleet, FleetOptions
 from qmpnbd.validate.reading import Reading, read_chain
 from qmpnbd.validate.still import Terms
-from qmpnbd.validate.still_run import Prepared
+from qmpnbd.validate.still_run import DaemonFacts, Prepared
 from qmpnbd.validate.target import ImageTarget, MonitorTarget, Target
 from tests.fleets import validated
 from tests.servers import blockdev, storage_daemon
@@ -97,6 +98,24 @@ def test_a_run_that_is_cancelled_cancels_each_target_once(monkeypatch: pytest.Mo
     asyncio.run(cancelled())
     assert ended == ["one", "two"]
     assert [disk.verdict for disk in tested.report().disks] == ["not-judged", "not-judged"]
+
+
+def test_an_image_whose_time_is_over_is_told_what_took_it(three_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that there is no time left to take the export down: the daemon is not used any further."""
+
+    def compare(_target: ImageTarget, _image: Prepared, _uri: NbdUri, _facts: DaemonFacts, terms: Terms) -> DiskReport:
+        terms.deadline.stop()
+        raise DeadlineError("timed out reading", where="by the test")
+
+    monkeypatch.setattr(fleet, "compare_image", compare)
+    (disk,) = validated([ImageTarget(str(three_layers / "top.qcow2"))]).disks
+    assert disk.error is not None
+    assert (disk.error.what, disk.error.where) == ("timed out reading", "by the test")
+
+
+def test_an_empty_image_agrees(folder: Path) -> None:
+    (folder / "empty.raw").touch()
+    assert [disk.verdict for disk in validated([ImageTarget(str(folder / "empty.raw"))]).disks] == ["agreed"]
 
 
 def test_one_guest_of_twenty_hangs_and_nineteen_agree(three_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,10 @@ def test_a_sample_of_a_disk_in_many_pieces_is_bounded_and_says_so() -> None:
     assert chosen.ranges != sample(extents, 1).ranges
 
 
+def test_an_empty_disk_has_nothing_to_be_sampled_and_nothing_to_be_said_of_that() -> None:
+    assert sample(ExtentMap.uniform(0, 0), 0) == whole(0)
+
+
 def test_the_whole_of_a_disk() -> None:
     assert whole(5000).ranges == ((0, 5000),)
     assert whole(0).ranges == ()

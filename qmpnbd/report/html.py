@@ -93,8 +93,9 @@ def _head(report: ValidationReport) -> Iterator[str]:
     yield (
         '<header>\n<p class="kind">What is served over NBD against the image files</p>\n'
         f'<h1 class="{report.verdict}">{_headline(report)}</h1>\n'
-        f'<p class="facts">{_text(qemu)}monitor <code>{_text(report.monitor)}</code></p>\n'
     )
+    if report.monitor:
+        yield f'<p class="facts">{_text(qemu)}monitor <code>{_text(report.monitor)}</code></p>\n'
     if report.stopped is not None:
         words = f"{report.stopped.where}: {report.stopped.what}"
         yield f'<p class="note incomplete">The run ended before all disks were validated: {_text(words)}</p>\n'
@@ -146,6 +147,8 @@ def _disk(number: int, disk: DiskReport, picture: Picture | None, runs: int) -> 
     if disk.error is not None:
         words = f"{disk.error.where}: {disk.error.what}. {disk.error.remedy}".rstrip()
         yield f'<p class="note error">{_text(words)}</p>\n'
+    elif disk.not_judged_because:
+        yield f'<p class="note incomplete">Not judged because of --{disk.not_judged_because}.</p>\n'
     elif disk.computed_size != disk.size:
         yield (
             f'<p class="note discrepancy">The disk has {disk.size:,} bytes as served, '
@@ -164,7 +167,11 @@ def _disk(number: int, disk: DiskReport, picture: Picture | None, runs: int) -> 
 def _facts(disk: DiskReport) -> str:
     facts = [f"node {_text(disk.node_name)}"] if disk.node_name else []
     if was_judged(disk):
-        facts += [human_size(disk.size), f"{disk.extents:,} extents", f"{disk.seconds:.2f} s"]
+        facts += [
+            human_size(disk.size),
+            "1 extent" if disk.extents == 1 else f"{disk.extents:,} extents",
+            f"{disk.seconds:.2f} s",
+        ]
         if disk.rounds > 1:
             facts.append(f"read {disk.rounds} times")
         if not disk.files_verified:

@@ -50,7 +50,11 @@ def _case(suite: Xml.Element, report: ValidationReport, disk: DiskReport) -> Non
     case = Xml.SubElement(
         suite,
         "testcase",
-        {"classname": printable(report.monitor), "name": printable(disk.name), "time": f"{disk.seconds:.3f}"},
+        {
+            "classname": printable(report.monitor or disk.source),
+            "name": printable(disk.name),
+            "time": f"{disk.seconds:.3f}",
+        },
     )
     if disk.error is not None:
         _error(case, disk.error)

@@ -115,7 +115,11 @@ class Daemon:
             stack.push_async_callback(self.monitor.execute, "blockdev-del", {"node-name": node}, deadline=deadline)
             await add_export(self.monitor, node, export, deadline, ExportOptions(bitmaps=bitmaps))
             stack.push_async_callback(remove_export, self.monitor, export, deadline)
-            yield NbdUri.unix(str(self._directory.socket_path), export)
+            try:
+                yield NbdUri.unix(str(self._directory.socket_path), export)
+            except FATAL:
+                stack.pop_all()  # it is not used any further, and what failed is to be told, not what would fail now
+                raise
 
 
 FATAL: tuple[type[QmpnbdError], ...] = (DeadlineError, MonitorLostError)

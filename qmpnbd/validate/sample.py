@@ -75,6 +75,8 @@ def sample(depth: ExtentMap, seed: int, alignment: int = _ALIGNMENT) -> Sample:
         seed: another one makes another sample.
         alignment: the ranges begin and end at multiples of so many bytes, but for the end of the disk.
     """
+    if not depth.size:
+        return Sample((), "")
     dice = random.Random(f"{seed}/{depth.size}")  # noqa: S311 - which bytes are looked at is no secret
     edges = depth.ends[:-1]
     count = int(edges.size)
