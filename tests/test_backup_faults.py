@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -353,14 +354,15 @@ def test_two_repositories_at_once_and_the_first_is_not_disturbed(
     """Its bitmaps are undecided, and not in use any more while it proves what it wrote: nobody else may decide."""
     codes: list[int] = []
     monitor = folder / "second.qmp"
+    one_at_a_time = threading.Lock()  # layers are proved by several threads
 
     def second(*_: object) -> None:
-        if not codes:
-            command = [sys.executable, "-m", "qmpnbd", "backup", str(other.path), "--qmp", str(monitor)]
-            done = subprocess.run(
-                [*command, *arguments(machine)[3:]], check=False, capture_output=True, text=True, timeout=60, cwd=ROOT
-            )
-            codes.append(done.returncode)
+        with one_at_a_time:
+            if not codes:
+                command = [sys.executable, "-m", "qmpnbd", "backup", str(other.path), "--qmp", str(monitor)]
+                command += arguments(machine)[3:]
+                done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=ROOT)
+                codes.append(done.returncode)
 
     def proved(*given: Any, **more: Any) -> None:
         second()
@@ -390,12 +392,14 @@ def test_nothing_is_proved_or_published_before_what_was_read_is_known_to_hold(
 ) -> None:
     """The point in time is released first, so that a lost one is never published, and the guest is free early."""
     seen: list[tuple[str, list[str], list[str]]] = []
+    one_at_a_time = threading.Lock()  # layers are proved by several threads, and there is one monitor
 
     def noted(what: str, original: Callable[..., T]) -> Callable[..., T]:
         def work(*given: Any, **more: Any) -> T:
-            jobs = [job["id"] for job in machine.server.side("query-jobs")]
-            exports = [each for each in machine.server.exports() if each.startswith("qmpnbd-")]
-            seen.append((what, jobs, exports))
+            with one_at_a_time:
+                jobs = [job["id"] for job in machine.server.side("query-jobs")]
+                exports = [each for each in machine.server.exports() if each.startswith("qmpnbd-")]
+                seen.append((what, jobs, exports))
             return original(*given, **more)
 
         return work
