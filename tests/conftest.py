@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def three_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qemu_img("create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", folder / "top.qcow2", "16M")
     qemu_io(folder / "mid.qcow2", "write -P 1 1M 1M", "write -z 10M 64k")
     qemu_io(folder / "top.qcow2", "write -P 2 64k 128k", "write -P 3 12M 64k")
+    return folder
+
+
+@pytest.fixture
+def copies(three_layers: Path, folder: Path) -> Path:
+    """Copies of `three_layers` that a test may change."""
+    for name in ("base.raw", "mid.qcow2", "top.qcow2"):
+        shutil.copy(three_layers / name, folder)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,13 +54,6 @@ def without_hash(disk: DiskReport, content: bytes) -> list[int]:
         expected = sha256(content[each.offset : each.offset + each.length])
         assert each.sha256 in (None, expected), each
     return [each.offset for each in disk.content_hashes if each.sha256 is None]
-
-
-@pytest.fixture
-def copies(three_layers: Path, folder: Path) -> Path:
-    for name in ("base.raw", "mid.qcow2", "top.qcow2"):
-        shutil.copy(three_layers / name, folder)
-    return folder
 
 
 pieces_of_ranges = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=4)

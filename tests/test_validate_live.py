@@ -41,13 +41,6 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture
-def copies(three_layers: Path, folder: Path) -> Path:
-    for name in ("base.raw", "mid.qcow2", "top.qcow2"):
-        shutil.copy(three_layers / name, folder)
-    return folder
-
-
-@pytest.fixture
 def daemon(copies: Path) -> Iterator[Server]:
     with storage_daemon("--blockdev", blockdev(copies / "top.qcow2", "top", discard="unmap")) as server:
         yield server

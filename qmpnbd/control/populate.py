@@ -55,7 +55,8 @@ from qmpnbd.qmp.recover import remove_leftovers
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.server import STOP_SECONDS, start_server, stop_server
 from qmpnbd.qmp.teardown import TakeDown
-from qmpnbd.validate.live import Place, in_thread, open_window
+from qmpnbd.validate.live import in_thread
+from qmpnbd.validate.window import Place, open_window
 
 log = logging.getLogger(__name__)
 

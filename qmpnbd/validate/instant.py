@@ -45,10 +45,12 @@ from qmpnbd.validate.composed import Side
 from qmpnbd.validate.content_judgement import Range
 from qmpnbd.validate.findings import Findings, Served
 from qmpnbd.validate.instant_content import InstantContent
-from qmpnbd.validate.live import DIRTY, Flusher, Place, in_thread, same_files, specs_of
+from qmpnbd.validate.live import Flusher, in_thread, same_files, specs_of
 from qmpnbd.validate.reading import Reading, read_chain
 from qmpnbd.validate.releases import base_refusal, generation_of
 from qmpnbd.validate.sample import both
+from qmpnbd.validate.watch import DIRTY
+from qmpnbd.validate.window import Place
 
 T = TypeVar("T")
 

@@ -37,9 +37,10 @@ from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.compare import MapFinding
 from qmpnbd.validate.findings import Findings
 from qmpnbd.validate.instant import BITMAPS, Copied, Former, InstantDisk, read_blocks
-from qmpnbd.validate.live import Place, explained
+from qmpnbd.validate.live import explained
 from qmpnbd.validate.outcome import disk_report, failed_disk_report
 from qmpnbd.validate.reading import Explained
+from qmpnbd.validate.window import Place
 
 
 @dataclass(frozen=True, slots=True)

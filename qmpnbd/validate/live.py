@@ -1,10 +1,9 @@
-"""One disk of a running QEMU: its exports, and the rounds in which it is judged.
+"""One disk of a running QEMU, and the rounds in which it is judged.
 
-What is opened here is an export with an NBD client on it, called a window. Windows are closed export first: QEMU 7.2
-aborts when a client of a disk in an iothread leaves before its export. A round::
+A round::
 
     graph    which node does the export stand on now, which files lie below        (an export follows the graph)
-    watch    a dirty bitmap on every writable layer                                (see below)
+    watch    a dirty bitmap on every writable layer (`qmpnbd.validate.watch`)      (see below)
     served   the maps, over NBD
     flush    every writable layer, through a window of its own                     (QEMU flushes no backing files)
     files    the maps, computed                                                    (in a thread)
@@ -20,15 +19,12 @@ which of them have a hash is told by it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import TypeVar
-
-import numpy as np
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import (
@@ -41,7 +37,6 @@ from qmpnbd.errors import (
     InterferenceError,
     QmpnbdError,
 )
-from qmpnbd.export.lasting import LastingClients
 from qmpnbd.extents import ExtentMap
 from qmpnbd.images.chain import LayerSpec
 from qmpnbd.images.files import open_layers
@@ -49,82 +44,23 @@ from qmpnbd.nbd.aio import Client
 from qmpnbd.nbd.constants import ALLOCATION_DEPTH as DEPTH
 from qmpnbd.nbd.constants import BASE_ALLOCATION
 from qmpnbd.nbd.limits import Limits
-from qmpnbd.nbd.uri import NbdUri
-from qmpnbd.qmp.bitmaps import add_bitmap, disable_bitmaps, remove_bitmap
-from qmpnbd.qmp.exports import ExportOptions, add_export, exported_node, remove_export
+from qmpnbd.qmp.exports import exported_node
 from qmpnbd.qmp.graph import Link, below, chain_of
-from qmpnbd.qmp.inventory import read_graph, read_nodes, require_safe_moment
+from qmpnbd.qmp.inventory import read_graph, require_safe_moment
 from qmpnbd.qmp.monitor import Monitor
-from qmpnbd.qmp.naming import bitmap_name, export_id
-from qmpnbd.qmp.teardown import TakeDown
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.findings import Findings, Served
 from qmpnbd.validate.live_content import LiveContent
 from qmpnbd.validate.reading import Explained, Reading, explain_all, read_chain
 from qmpnbd.validate.releases import base_refusal, generation_of
 from qmpnbd.validate.sample import both
+from qmpnbd.validate.watch import Watch
+from qmpnbd.validate.window import Place, Window, open_window
 
 T = TypeVar("T")
 
-DIRTY = "qemu:dirty-bitmap:"
-
 _ROUND_ERRORS = (ImageError, GraphUnsupportedError, DiskNotLocalError, InterferenceError, CommandFailedError)
 """What can be an accident of a round, because something moved while it was looked at; twice running it is not."""
-
-
-def _nobody_asked(_count: int, _total: int) -> None:
-    """Takes note of nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a run works: everything that its disks share.
-
-    Attributes:
-        monitor: the QEMU.
-        server: its NBD server; the export name is filled in.
-        run: the run id.
-        numbers: gives every export and bitmap of the run a number of its own.
-        take_down: takes everything down.
-        deadline: for everything but taking down.
-        on_bytes: told how many more bytes of a disk's content have been compared, and how many there are.
-    """
-
-    monitor: Monitor
-    server: NbdUri
-    run: str
-    numbers: Iterator[int]
-    take_down: TakeDown
-    deadline: Deadline
-    on_bytes: Callable[[int, int], None] = _nobody_asked
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """An export of ours, and a client that looks through it."""
-
-    export: str
-    client: Client
-
-
-async def open_window(
-    place: Place, stack: AsyncExitStack, node_name: str, contexts: Sequence[str], bitmaps: Sequence[str] = ()
-) -> Window:
-    """Exports a node and connects to it; `stack` closes both, the export first.
-
-    Raises:
-        MonitorError: QEMU refused.
-        NbdError: the export cannot be used.
-        DeadlineError: the time is over.
-    """
-    name = export_id(place.run, next(place.numbers))
-    clients = LastingClients(place.monitor)
-    stack.push_async_callback(clients.close)
-    stack.push_async_callback(place.take_down.step, f"export {name}", partial(remove_export, place.monitor, name))
-    await require_safe_moment(place.monitor, place.deadline)
-    await add_export(place.monitor, node_name, name, place.deadline, ExportOptions(bitmaps=bitmaps))
-    uri = replace(place.server, export=name)
-    return Window(name, await clients.connect(uri, contexts, place.deadline))
 
 
 class Flusher:
@@ -221,7 +157,9 @@ class LiveDisk:
         graph = await read_graph(place.monitor, deadline)
         links = chain_of(graph, node_name)
         writable = [link.node_name for link in links if link.writable]
-        watch = [await self._watched(stack, node) for node in writable] if watched else []
+        watch = Watch(place, stack)
+        for node in writable if watched else ():
+            await watch.begin(node)
         before = await self._served()
         await self._flusher.flush(links, self._window.client)
         specs = specs_of(links, place.monitor)
@@ -229,7 +167,7 @@ class LiveDisk:
         after = None if before.agrees(reading) else await self._served()
         if reading.depth.size == before.depth.size and not self._findings.content.settled:
             await self._read_content(specs, both(reading.depth, before.depth))
-        touched = await self._touched(stack, watch) if watched else None
+        touched = await watch.touched(self._findings.size) if watched else None
         now = below(await read_graph(place.monitor, deadline), await self._exported_node())
         if now != below(graph, node_name):
             self._findings.add_void()
@@ -265,35 +203,6 @@ class LiveDisk:
 
     async def _computed(self, specs: Sequence[LayerSpec]) -> Reading:
         return await in_thread(partial(read_chain, specs, self._place.deadline, self._generation), self._place.deadline)
-
-    async def _watched(self, stack: AsyncExitStack, node: str) -> tuple[str, str]:
-        monitor, name = self._place.monitor, bitmap_name(self._place.run, next(self._place.numbers))
-        work = partial(remove_bitmap, monitor, node, name)
-        stack.push_async_callback(self._place.take_down.step, f"bitmap {name} of node {node}", work)
-        await add_bitmap(monitor, node, name, self._place.deadline)
-        return node, name
-
-    async def _touched(self, stack: AsyncExitStack, watch: Sequence[tuple[str, str]]) -> ExtentMap:
-        """Ends the watch and returns what was written in any writable layer: 1, or 0."""
-        size = self._findings.size
-        touched = ExtentMap.uniform(size, 0)
-        if not watch:
-            return touched
-        await disable_bitmaps(self._place.monitor, watch, self._place.deadline)
-        clean = await self._clean()
-        for node, name in watch:
-            if (node, name) in clean:
-                continue
-            window = await open_window(self._place, stack, node, [DIRTY + name], [name])
-            dirty = (await window.client.maps(deadline=self._place.deadline))[DIRTY + name]
-            touched = touched.combine(dirty.resized(size, 0), np.maximum)
-        return touched
-
-    async def _clean(self) -> set[tuple[str, str]]:
-        """Returns node and name of the bitmaps that have no dirty bit: those need not be read over NBD."""
-        nodes = await read_nodes(self._place.monitor, self._place.deadline)
-        bitmaps = ((node.node_name, each) for node in nodes for each in node.dirty_bitmaps)
-        return {(node, each.name) for node, each in bitmaps if node and each.name and not each.count}
 
 
 def same_files(reading: Reading, monitor: Monitor) -> bool:

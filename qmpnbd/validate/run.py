@@ -38,10 +38,11 @@ from qmpnbd.qmp.teardown import TakeDown
 from qmpnbd.report.model import DiskReport, ErrorEntry, ValidationReport
 from qmpnbd.validate.choice import Choice
 from qmpnbd.validate.instant_run import InstantTerms, judged_at_instant
-from qmpnbd.validate.live import LiveDisk, Place, in_thread, specs_of
+from qmpnbd.validate.live import LiveDisk, in_thread, specs_of
 from qmpnbd.validate.outcome import disk_report, failed_disk_report, not_judged_disk_report, worst
 from qmpnbd.validate.progress import Progress
 from qmpnbd.validate.reading import check_readable
+from qmpnbd.validate.window import Place
 
 log = logging.getLogger(__name__)
 
