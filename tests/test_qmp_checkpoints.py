@@ -237,6 +237,9 @@ def test_every_refusal_of_a_bitmap_has_a_remedy(binaries: QemuBinaries, disks: l
             server.side("block-dirty-bitmap-add", node="a", name=name, persistent=name == "kept", disabled=True)
         server.side("nbd-server-start", addr={"type": "unix", "data": {"path": str(server.folder / "nbd")}})
         server.side("block-export-add", type="nbd", id="x", node_name="a", bitmaps=["read"])
+        server.side("blockdev-add", driver="null-co", node_name="small", size=MIB)
+        for node in ("b", "small"):
+            server.side("block-dirty-bitmap-add", node=node, name="large")
 
         async def refuse(*actions: dict[str, object]) -> None:
             deadline = Deadline(20)
@@ -247,11 +250,13 @@ def test_every_refusal_of_a_bitmap_has_a_remedy(binaries: QemuBinaries, disks: l
                     (words,) = [words for words, remedy in REMEDIES if remedy == caught.value.remedy]
                     refused[words] = caught.value.description
 
-        actions = [
+        merged = {"node": "b", "target": "large", "bitmaps": [{"node": "small", "name": "large"}]}
+        actions: list[dict[str, object]] = [
             bitmap("remove", "a", "read"),
             bitmap("enable", "a", "lost"),
             bitmap("add", "a", "kept"),
             bitmap("add", "b", "new", persistent=True),
+            {"type": "block-dirty-bitmap-merge", "data": merged},
             bitmap("remove", "a", "missing"),
             bitmap("remove", "nowhere", "kept"),
         ]

@@ -17,6 +17,7 @@ REMEDIES = (
     (("is readonly",), "Its image is read-only at the moment, under a snapshot for one: end that first."),
     (("already exists",), "Somebody else has just made it, another run for one: see what there is, and try again."),
     (("Can't store",), "Only qcow2 of version 3 stores bitmaps; others are made transient."),
+    (("can't be merged",), "The disk was given another size meanwhile: nothing was changed. Run again."),
     (("Dirty bitmap '",), "Somebody else has just removed it: see what there is, and try again."),
     (("Cannot find device", "Node '"), "The node is gone or has another name: see `qmpnbd disks`."),
 )
@@ -39,10 +40,15 @@ async def transact(monitor: Monitor, actions: Sequence[dict[str, object]], deadl
     try:
         await finish(monitor.execute("transaction", {"actions": list(actions)}, deadline=deadline))
     except CommandFailedError as error:
-        error.remedy = next(
-            (remedy for words, remedy in REMEDIES if any(each in error.description for each in words)), error.remedy
-        )
+        add_remedy(error)
         raise
+
+
+def add_remedy(error: CommandFailedError) -> None:
+    """Says what to do about a refusal of commands on bitmaps, if a row knows what QEMU said."""
+    error.remedy = next(
+        (remedy for words, remedy in REMEDIES if any(each in error.description for each in words)), error.remedy
+    )
 
 
 async def add_bitmap(
@@ -65,7 +71,11 @@ async def add_bitmap(
     arguments: dict[str, object] = {"node": node_name, "name": name, "persistent": False}
     if granularity is not None:
         arguments["granularity"] = granularity
-    await finish(monitor.execute("block-dirty-bitmap-add", arguments, deadline=deadline))
+    try:
+        await finish(monitor.execute("block-dirty-bitmap-add", arguments, deadline=deadline))
+    except CommandFailedError as error:
+        add_remedy(error)
+        raise
 
 
 async def disable_bitmaps(monitor: Monitor, bitmaps: Sequence[tuple[str, str]], deadline: Deadline) -> None:
@@ -84,9 +94,9 @@ async def disable_bitmaps(monitor: Monitor, bitmaps: Sequence[tuple[str, str]], 
         DeadlineError: no reply in time.
     """
     kind = "block-dirty-bitmap-disable"
-    actions = [{"type": kind, "data": {"node": node, "name": name}} for node, name in bitmaps]
+    actions: list[dict[str, object]] = [{"type": kind, "data": {"node": node, "name": name}} for node, name in bitmaps]
     if actions:
-        await finish(monitor.execute("transaction", {"actions": actions}, deadline=deadline))
+        await transact(monitor, actions, deadline)
 
 
 async def remove_bitmap(monitor: Monitor, node_name: str, name: str, deadline: Deadline) -> None:
