@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qmpnbd import errors
 from qmpnbd.nbd import client, constants, limits, sockets, stepwise, survey, tls_socket, transfer
 from qmpnbd.nbd.quirks import Quirk
 
@@ -102,3 +103,12 @@ def test_every_test_that_the_document_on_backups_names_exists() -> None:
     there = {test for module in modules for test in functions_of(module)}
     assert named - there - modules == set()
     assert len(named) > 20
+
+
+def test_an_exit_code_beside_an_error_is_that_of_the_error() -> None:
+    text = "\n".join(path.read_text() for path in sorted((TESTS.parent / "docs").glob("*.md")))
+    told = re.findall(r"`(\w+Error)`[^|\n]*\| (\d+) \|$", text, re.MULTILINE)
+    told += re.findall(r"`(\w+Error)`\s\(exit\scode\s(\d+)\)", text)
+    told += [(name, code) for code, name in re.findall(r"\(exit\scode\s(\d+),\s`(\w+Error)`\)", text)]
+    assert [(name, code) for name, code in told if getattr(errors, name).exit_code != int(code)] == []
+    assert len(told) > 10
