@@ -16,14 +16,18 @@ import pytest
 
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import (
+    BitmapError,
+    CommandFailedError,
     DeadlineError,
     DiskBusyError,
+    ExportRefusedError,
     InterferenceError,
     LeftBehindError,
     MonitorLostError,
     NbdRequestError,
     QmpnbdError,
     ScratchError,
+    ServerBusyError,
     UsageError,
 )
 from qmpnbd.export import blocking
@@ -124,6 +128,51 @@ def test_a_second_point_in_time_is_refused_and_the_first_one_goes_on(binaries: Q
         before = running.state()
         asyncio.run(work())
         assert running.state() == before
+
+
+def refused_with(running: Machine, wishes: Wishes, kind: type[QmpnbdError]) -> QmpnbdError:
+    """Returns why a point in time is refused, and makes sure that this has left nothing behind."""
+    before = running.state()
+    with pytest.raises(kind) as refused:
+        held(running, wishes)
+    assert running.state() == before
+    assert refused.value.remedy
+    return refused.value
+
+
+@each_qemu
+@pytest.mark.parametrize("recipe", list(Recipe))
+def test_what_qemu_refuses_at_a_point_in_time_has_a_reason_and_a_remedy(
+    binaries: QemuBinaries, recipe: Recipe, folder: Path
+) -> None:
+    with machine(binaries, folder, disks=1) as running:
+        side = running.server.side
+        wishes = wishes_for(recipe, folder)
+        for name in ("records", "stands"):
+            side("block-dirty-bitmap-add", node="disk0", name=name, disabled=name == "stands")
+        offered = {name: replace(wishes, bitmaps={"vd0": [name]}) for name in ("nothing", "records", "stands")}
+        missing = refused_with(running, offered["nothing"], ExportRefusedError)
+        assert getattr(missing, "reason", None) == "bitmap-missing"
+        if expected(recipe, binaries) is Recipe.BACKUP:
+            records = refused_with(running, offered["records"], ExportRefusedError)
+            assert getattr(records, "reason", None) == "bitmap-enabled"
+        elif recipe is Recipe.COPY_BEFORE_WRITE:
+            # QEMU would export it, and have it go on: what is read of it would not be of the instant.
+            refused_with(running, offered["records"], BitmapError)
+        else:
+            held(running, offered["records"])  # nobody writes to its node as long as the overlay is there
+        disable = {"type": "block-dirty-bitmap-disable", "data": {"node": "disk0", "name": "records"}}
+        held(running, replace(offered["records"], actions={"vd0": [disable]}))
+
+        server = {"type": "unix", "data": {"path": str(running.server.folder / "theirs")}}
+        side("nbd-server-start", addr=server)
+        refused_with(running, wishes, ServerBusyError)
+        side("block-export-add", type="nbd", id="x", node_name="disk0", bitmaps=["stands"])
+        busy = refused_with(running, replace(offered["stands"], start_server=False), ExportRefusedError)
+        assert getattr(busy, "reason", None) == "bitmap-busy"
+        remove = {"type": "block-dirty-bitmap-remove", "data": {"node": "disk0", "name": "stands"}}
+        shared = replace(wishes, start_server=False, actions={"vd0": [remove]})
+        assert "End the export" in refused_with(running, shared, CommandFailedError).remedy
 
 
 @each_qemu

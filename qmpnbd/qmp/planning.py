@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import DiskBusyError, NoSuchDiskError, ScratchError
+from qmpnbd.errors import BitmapError, DiskBusyError, NoSuchDiskError, ScratchError
 from qmpnbd.qmp.capabilities import IOTHREAD
 from qmpnbd.qmp.disks import Disk, find_disk
 from qmpnbd.qmp.graph import FILTER_DRIVERS, MAX_CHAIN, BlockGraph
@@ -94,6 +94,9 @@ async def plan_point_in_time(
         exact_chain=wished.exact_chain,
         allow=wished.allow,
     )
+    if recipe is Recipe.COPY_BEFORE_WRITE:
+        for each in planned:
+            _require_disabled(each, nodes[each.node_name])
     if recipe is Recipe.SNAPSHOT and wished.scratch_dir is None:
         raise ScratchError(
             "no place for the overlays that the guest will write into",
@@ -135,6 +138,19 @@ def _planned(
         bitmaps=tuple(wished.bitmaps.get(name, ())),
         actions=tuple(wished.actions.get(name, ())),
     )
+
+
+def _require_disabled(disk: PlannedDisk, node: BlockDeviceInfo) -> None:
+    """Refuses a bitmap that would not stand still: through snapshot-access QEMU exports one that records, too."""
+    disabled = [action["data"] for action in disk.actions if action["type"] == "block-dirty-bitmap-disable"]
+    for bitmap in node.dirty_bitmaps:
+        chosen = bitmap.name in disk.bitmaps and bitmap.recording
+        if chosen and {"node": disk.node_name, "name": bitmap.name} not in disabled:
+            raise BitmapError(
+                f"the bitmap {bitmap.name} still records, so it would not be that of the instant",
+                where=f"disk {disk.name}",
+                remedy="Disable it, and have another one go on in the same transaction if nothing may be lost.",
+            )
 
 
 def _format_node(graph: BlockGraph, disk: Disk) -> str:

@@ -34,14 +34,17 @@ from qmpnbd.errors import (
     QmpnbdError,
     ScratchError,
 )
+from qmpnbd.qmp.bitmaps import add_remedy
 from qmpnbd.qmp.exports import remove_export
 from qmpnbd.qmp.jobs import read_jobs
 from qmpnbd.qmp.monitor import Events, Monitor, finish
 from qmpnbd.qmp.plan import Offer, Plan, Recipe, Step
 from qmpnbd.qmp.planning import Wishes, plan_point_in_time
 from qmpnbd.qmp.quiesce import Consistency, Kind, Rest
+from qmpnbd.qmp.refusals import explained
 from qmpnbd.qmp.rundir import RunDirectory
 from qmpnbd.qmp.scratch import image_files, remove_stale
+from qmpnbd.qmp.server import busy_server
 from qmpnbd.qmp.teardown import TEARDOWN_SECONDS, TakeDown
 from qmpnbd.qmp.undo import CancelJob, RemoveFile, Undo
 from qmpnbd.qmp.undoing import send, take_down
@@ -114,6 +117,8 @@ async def point_in_time(
 
     Raises:
         DiskBusyError: something else holds a disk.
+        ServerBusyError: someone else's NBD server is running, and none is shared.
+        ExportRefusedError: QEMU refused an export or its server, for a reason that is known.
         ScratchError: no room, or (out of the body) the room ran out.
         InterferenceError: (out of the body) a job of ours ended.
         LeftBehindError: something could not be taken down; a note on any other error.
@@ -174,6 +179,8 @@ class _Holder:
             try:
                 await self._one(step, deadline)
             except CommandFailedError as error:
+                if "already running" in error.description:
+                    raise await busy_server(self.monitor, deadline) from error
                 raise _explained(error) from error
 
     async def _one(self, step: Step, deadline: Deadline) -> None:
@@ -316,4 +323,8 @@ def _explained(error: CommandFailedError) -> QmpnbdError:
             remedy="Run as QEMU's user, or as root over a monitor socket of QEMU's own, which tells who that is "
             "(libvirt does not). If AppArmor or SELinux confines QEMU, name a folder with --scratch that it may use.",
         )
+    if error.command in ("block-export-add", "nbd-server-start"):
+        return explained(error)
+    if "itmap" in words:
+        add_remedy(error)
     return error

@@ -95,7 +95,7 @@ async def _start(
     monitor: Monitor, directory: RunDirectory, listen: TcpAddress | None, tls: ServerTls | None, deadline: Deadline
 ) -> Listen:
     if await nbd_server_runs(monitor, deadline):
-        raise await _busy(monitor, deadline)
+        raise await busy_server(monitor, deadline)
     wanted = listen or UnixAddress(str(directory.socket_path))
     try:
         await _mark(monitor, directory.run, deadline)
@@ -105,7 +105,7 @@ async def _start(
         # Nothing runs that the marker could stand for; somebody else's server might.
         await _remove_objects(monitor, directory.run, deadline)
         if "already running" in error.description:
-            raise await _busy(monitor, deadline) from error
+            raise await busy_server(monitor, deadline) from error
         raise
 
 
@@ -123,7 +123,13 @@ async def nbd_server_runs(monitor: Monitor, deadline: Deadline) -> bool:
     return True
 
 
-async def _busy(monitor: Monitor, deadline: Deadline) -> ServerBusyError:
+async def busy_server(monitor: Monitor, deadline: Deadline) -> ServerBusyError:
+    """Makes the error for an NBD server that runs already; it names the exports in it.
+
+    Raises:
+        MonitorError: QEMU is gone.
+        DeadlineError: no reply in time.
+    """
     others = [export.id for export in await read_exports(monitor, deadline) if export.type == "nbd"]
     used = f" (exports: {', '.join(others)})" if others else ""
     remedy = "Say where it listens with --nbd URI; it is then shared, and left running."
