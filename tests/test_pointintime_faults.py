@@ -394,6 +394,22 @@ def test_a_qemu_that_is_killed_is_told_and_leaves_no_files(binaries: QemuBinarie
 
 
 @each_qemu
+@pytest.mark.parametrize("recipe", list(Recipe))
+def test_a_qemu_that_quits_is_told_and_leaves_no_files(binaries: QemuBinaries, recipe: Recipe, folder: Path) -> None:
+    """It closes its monitor before its images: until it has ended, those cannot be removed."""
+    with machine(binaries, folder) as running:
+
+        async def body(point: PointInTime, directory: RunDirectory) -> None:
+            await asyncio.to_thread(running.server.side, "quit")
+            await until_cancelled(point, directory)
+
+        with pytest.raises((MonitorLostError, InterferenceError)) as caught:
+            held(running, wishes_for(recipe, folder), body)
+        assert getattr(caught.value, "__notes__", []) == []
+        assert [path.name for path in folder.iterdir() if path.name.startswith("qmpnbd-")] == []
+
+
+@each_qemu
 def test_an_overlay_outlives_a_killed_qemu_with_what_the_guest_wrote(binaries: QemuBinaries, folder: Path) -> None:
     with machine(binaries, folder) as running:
 

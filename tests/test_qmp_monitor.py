@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -30,9 +31,10 @@ from qmpnbd.errors import (
     UsageError,
 )
 from qmpnbd.qmp import direct
+from qmpnbd.qmp import monitor as monitor_module
 from qmpnbd.qmp.inventory import guest_status
 from qmpnbd.qmp.monitor import Monitor, finish
-from qmpnbd.qmp.process import peer_of
+from qmpnbd.qmp.process import Peer, is_ended, peer_of
 from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.servers import qemu, storage_daemon, wait_until
 
@@ -226,6 +228,43 @@ def test_a_killed_qemu_is_a_lost_monitor_at_once() -> None:
                 await monitor.execute("query-block", deadline=Deadline(20))
 
         connect(server.qmp, use=killed)
+
+
+@pytest.mark.real
+def test_a_qemu_that_has_closed_its_monitor_is_given_time_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with storage_daemon() as server, subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
+
+        async def lost(monitor: Monitor) -> None:
+            with monitor.events("SHUTDOWN") as events:
+                os.kill(server.pid, signal.SIGKILL)
+                with pytest.raises(MonitorLostError):
+                    await monitor.next_event(events, "an event", Deadline(None))
+            monitor.peer = Peer(other.pid)  # another process, which ends when it is told to
+            monkeypatch.setattr(monitor_module, "ENDING_SECONDS", None)
+            gone = asyncio.ensure_future(monitor.has_gone())
+            assert await asyncio.wait({gone}, timeout=0.1) == (set(), {gone})
+            other.communicate()
+            assert await gone
+
+        connect(server.qmp, use=lost)
+
+
+@pytest.mark.real
+def test_a_qemu_that_goes_on_without_its_monitor_is_not_waited_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "ENDING_SECONDS", 0.05)
+    with storage_daemon() as server:
+
+        async def goes_on(monitor: Monitor) -> bool:
+            return await monitor.has_gone()
+
+        assert connect(server.qmp, use=goes_on) is False
+
+
+@pytest.mark.parametrize(
+    ("state", "threads", "ended"), [("Z", 1, True), ("X", 0, True), ("Z", 2, False), ("R", 1, False), ("T", 3, False)]
+)
+def test_a_process_has_ended_when_all_of_its_threads_have(state: str, threads: int, ended: bool) -> None:
+    assert is_ended(f"4711 (qemu) Z (x) {state} {'1 ' * 16}{threads} 0 0 0") is ended
 
 
 @pytest.mark.real

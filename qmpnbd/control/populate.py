@@ -184,7 +184,7 @@ async def populate_bitmap(monitor: str, filling: Filling) -> Filled:
     require_granularity(filling.granularity)
     _require_name(filling.bitmap)
     async with await Monitor.connect(monitor, deadline) as connected:
-        take_down = TakeDown(connected.is_gone)
+        take_down = TakeDown(connected.has_gone)
         try:
             filled = await _Work(connected, filling, take_down, deadline).run()
         except BaseException as error:

@@ -271,7 +271,7 @@ async def exporting(
                     log.warning("took down what a killed run had left: %s", removed)
                 guest = await require_safe_moment(monitor, deadline)
                 directory = stack.enter_context(RunDirectory.create(choice.runtime_dir, for_peer=monitor.peer))
-            take_down = TakeDown(monitor.is_gone)
+            take_down = TakeDown(monitor.has_gone)
             inventory = await read_inventory(monitor, deadline)
             chosen = chosen_disks(wanted, inventory.disks, inventory.graph, where=monitor.where, empty=inventory.empty)
             await require_no_hazard(monitor, chosen, inventory, choice, deadline)

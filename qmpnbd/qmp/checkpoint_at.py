@@ -217,7 +217,7 @@ async def checkpoint_at(
         QmpnbdError: see `qmpnbd.errors`.
     """
     begun = await _planned(monitor, disks, directory.run, wish, deadline)
-    steps = TakeDown(monitor.is_gone)
+    steps = TakeDown(monitor.has_gone)
     undo = AbortCheckpoint(directory.run, f"checkpoint {begun.number} of chain {begun.chain}", ())
     try:
         try:

@@ -17,7 +17,14 @@ from typing import Any, Self, TypeVar
 from qemu.qmp import EventListener
 
 from qmpnbd.deadline import Deadline
-from qmpnbd.errors import CommandFailedError, InterferenceError, MonitorConnectError, MonitorLostError, UsageError
+from qmpnbd.errors import (
+    CommandFailedError,
+    DeadlineError,
+    InterferenceError,
+    MonitorConnectError,
+    MonitorLostError,
+    UsageError,
+)
 from qmpnbd.qmp.address import FdAddress, LibvirtAddress, MonitorAddress, parse_address
 from qmpnbd.qmp.commands import what_tells
 from qmpnbd.qmp.direct import DirectTransport
@@ -27,6 +34,11 @@ from qmpnbd.qmp.process import Peer
 from qmpnbd.qmp.transport import Transport
 
 T = TypeVar("T")
+
+ENDING_SECONDS = 10.0
+"""How long a QEMU that has closed its monitor may take to end, before it is taken for one that goes on."""
+
+_LOOK_SECONDS = 0.02
 
 _PLANE_ENDS = "".join(f"{chr(plane << 16 | 0xFFFE)}{chr(plane << 16 | 0xFFFF)}" for plane in range(17))
 _NO_CHARACTER = re.compile(f"[\ud800-\udfff\ufdd0-\ufdef{_PLANE_ENDS}]")
@@ -67,6 +79,7 @@ class Monitor:
         self._transport = transport
         self._address = address
         self._version: VersionInfo | None = None
+        self._ending: Deadline | None = None
 
     @classmethod
     async def connect(cls, address: MonitorAddress | str, deadline: Deadline) -> Self:
@@ -119,6 +132,7 @@ class Monitor:
         await self.close()
         transport = await _open(self._address, deadline)
         self._transport = transport
+        self._ending = None
         await self._ask_version(deadline)
         if before.is_gone() or before.identity != transport.identity or version != self._version:
             raise InterferenceError(
@@ -258,6 +272,25 @@ class Monitor:
     def is_gone(self) -> bool:
         """Returns whether QEMU's process has ended for certain, and with it everything inside."""
         return self._transport.is_gone()
+
+    async def has_gone(self) -> bool:
+        """Returns whether QEMU has ended; after its connection has ended, it is given some time for that, once.
+
+        One that was killed loses its sockets some moments before its process is gone, and one that quits in an orderly
+        way closes its monitors before its images.
+        """
+        return await finish(self._gone_at_last())
+
+    async def _gone_at_last(self) -> bool:
+        if self._ending is None:
+            self._ending = Deadline(ENDING_SECONDS if self.peer is not None else 0)
+        while not self.is_gone():
+            try:
+                self._ending.check("QEMU to end", self.where)
+            except DeadlineError:
+                return False
+            await asyncio.sleep(_LOOK_SECONDS)
+        return True
 
     async def close(self) -> None:
         """Ends the connection; never raises, and takes at most a few seconds even if QEMU does not read."""

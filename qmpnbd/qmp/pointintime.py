@@ -126,7 +126,7 @@ async def point_in_time(
     """
     plan = await plan_point_in_time(monitor, disks, directory, deadline, wishes)
     remove_stale(_folder(plan))
-    holder = _Holder(monitor, directory, plan, TakeDown(monitor.is_gone))
+    holder = _Holder(monitor, directory, plan, TakeDown(monitor.has_gone))
     try:
         with image_files(plan.files, directory, monitor.peer):
             async with AsyncExitStack() as stack:

@@ -34,12 +34,11 @@ class Peer:
     def has_ended(self) -> bool:
         """Returns whether it has ended for certain; one that nobody has buried yet has ended, too."""
         try:
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
+            return is_ended(Path(f"/proc/{self.pid}/stat").read_text())
+        except (FileNotFoundError, ProcessLookupError):
             return True
-        except (OSError, IndexError):
+        except (OSError, ValueError, IndexError):
             return False
-        return state in "ZX"
 
     def user(self) -> tuple[int, int] | None:
         """Returns the user and group ids that it runs as now, which may be others than when it made the socket."""
@@ -75,6 +74,15 @@ class Peer:
                 with contextlib.suppress(OSError, ValueError):  # closed meanwhile, or no socket
                     found.add(int(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]")))
         return frozenset(found)
+
+
+def is_ended(stat_line: str) -> bool:
+    """Returns whether a process has ended by its line in ``/proc/PID/stat`` (proc(5)): state, and number of threads.
+
+    The first thread can be a zombie while others still hold the files and sockets of all.
+    """
+    fields = stat_line.rpartition(")")[2].split()
+    return fields[0] in "ZX" and int(fields[17]) <= 1
 
 
 def identity_of(status: os.stat_result) -> FileIdentity:

@@ -226,7 +226,7 @@ class _RunRecovery:
         return undo + [each for each in noted if each not in undo]
 
     async def _pass(self, undo: list[Undo]) -> list[str]:
-        steps = TakeDown(self.monitor.is_gone)
+        steps = TakeDown(self.monitor.has_gone)
         for each in undo:
             before = len(steps.left)
             await steps.step(str(each), partial(take_down, self.monitor, each, self.directory))
@@ -252,7 +252,7 @@ class _RunRecovery:
 
     async def _stopped(self, where: str, stop: Callable[[Deadline], Awaitable[bool]]) -> list[str]:
         server = StopServer(where)
-        steps = TakeDown(self.monitor.is_gone)
+        steps = TakeDown(self.monitor.has_gone)
 
         async def work(deadline: Deadline) -> None:
             if await stop(deadline):

@@ -18,15 +18,15 @@ class TakeDown:
     """Takes down what a run made, step by step.
 
     Args:
-        is_gone: tells whether QEMU has ended: then nothing is left in it.
+        has_gone: tells whether QEMU has ended, or is about to: then nothing is left in it.
 
     Attributes:
         left: what could not be taken down, in words.
     """
 
-    def __init__(self, is_gone: Callable[[], bool]) -> None:
+    def __init__(self, has_gone: Callable[[], Awaitable[bool]]) -> None:
         self.left: list[str] = []
-        self._is_gone = is_gone
+        self._has_gone = has_gone
         self._silent = False
 
     async def step(
@@ -44,5 +44,5 @@ class TakeDown:
             self._silent = False
         except QmpnbdError as error:
             self._silent = isinstance(error, DeadlineError)
-            if not (isinstance(error, MonitorLostError) and self._is_gone()):
+            if not (isinstance(error, MonitorLostError) and await self._has_gone()):
                 self.left.append(f"left behind in QEMU: {what} ({error.what})")

@@ -193,7 +193,7 @@ async def _remove_file(monitor: Monitor, undo: RemoveFile, directory: RunDirecto
     try:
         nodes = await read_nodes(monitor, deadline)
     except MonitorLostError:
-        if not monitor.is_gone():
+        if not await monitor.has_gone():
             raise
         nodes = []
     if any(node.node_name == undo.node_name or node.image.filename == undo.path for node in nodes):

@@ -195,7 +195,7 @@ async def validate_disks(
     deadline = Deadline(choice.seconds)
     known = so_far or SoFar(str(monitor))
     async with await Monitor.connect(monitor, deadline) as connected:
-        run = _Run(connected, choice, deadline, TakeDown(connected.is_gone), on_disk, known)
+        run = _Run(connected, choice, deadline, TakeDown(connected.has_gone), on_disk, known)
         await run.all(disks)
         return known.report(run.take_down.left)
 
