@@ -374,6 +374,14 @@ def test_any_name_of_a_file_gives_valid_json_and_whole_lines(name: str | bytes, 
     assert json.loads(done.stdout)["error"]["where"]
 
 
+def test_a_check_of_any_name_has_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "line\nforged\x1b[31m.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    lines = qmpnbd("check", path).stdout.splitlines()
+    assert lines[0].endswith("line\\nforged\\x1b[31m.qcow2: CLEAN")
+    assert len(lines) == 3
+
+
 def test_a_monitor_of_any_name(tmp_path: Path) -> None:
     for name in ("line\nforged", os.fsdecode(b"\xff")):
         done = qmpnbd("disks", "--qmp", tmp_path / name, code=10)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from qmpnbd.images.check import Rule
 from qmpnbd.images.check_file import CheckResult
+from qmpnbd.printable import printable as shown
 from qmpnbd.report.model import CheckDocument, CheckVerdict, FindingEntry, PlaceEntry
 from qmpnbd.report.sizes import human_size
 
@@ -52,7 +53,7 @@ def _verdict(result: CheckResult) -> CheckVerdict:
 
 def check_text(document: CheckDocument) -> str:
     """Returns the result of a check."""
-    return "\n".join(_lines(document)) + "\n"
+    return "".join(f"{shown(line)}\n" for line in _lines(document))
 
 
 def _lines(document: CheckDocument) -> Iterator[str]:
