@@ -149,6 +149,7 @@ def test_help_is_the_same_wherever_it_is_asked_for(capsys: pytest.CaptureFixture
         (["valdate"], "there is no command 'valdate'; did you mean validate?"),
         (["disks", "--qmp", "x", "--jsn"], "--jsn is unknown; did you mean --json?"),
         (["disks", "--qm=x"], "--qm is unknown; did you mean --qmp?"),
+        (["repository", "list", "x", "--jsn"], "--jsn is unknown; did you mean --json?"),
         (["map", "x", "--contxt", "y"], "--contxt is unknown; did you mean --context?"),
         (["chain", "--", "x", "--jsn"], "unrecognized arguments: --jsn"),
         ([], "which COMMAND?"),

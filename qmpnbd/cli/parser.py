@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from qmpnbd import __version__
-from qmpnbd.cli.commands import COMMANDS, add_verbosity, register
+from qmpnbd.cli.commands import COMMANDS, add_verbosity, register, verbs
 from qmpnbd.cli.help import USAGE, help_text
 
 MISSING = "the following arguments are required"
@@ -72,8 +72,9 @@ def command_line(arguments: Sequence[str]) -> tuple[Parser, argparse.ArgumentPar
     if name not in COMMANDS:
         root.error(f"there is no command {name!r}{did_you_mean(name, COMMANDS)}")
     command = register(name, _commands(root))
-    if isinstance(command, Parser):
-        command.given = arguments
+    for each in (command, *verbs(command).values()):
+        if isinstance(each, Parser):
+            each.given = arguments
     return root, command
 
 
