@@ -104,7 +104,7 @@ class DeadlineError(QmpnbdError):
 
 
 class ReportFileError(QmpnbdError):
-    """A report file could not be written; what was there before is unchanged."""
+    """A report file or stdout could not be written; what was in the file before is unchanged."""
 
     exit_code = 51
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from qmpnbd.cli import output
 from qmpnbd.cli.exit_codes import BROKEN_PIPE, INTERRUPTED, StoppedBySignal
-from qmpnbd.errors import QmpnbdError
+from qmpnbd.errors import QmpnbdError, ReportFileError
 
 # Without the module typing, which would be a tenth of the start.
 TYPE_CHECKING = False
@@ -52,15 +52,13 @@ def main(arguments: Sequence[str]) -> int:
         output.complain(stopped)
         return stopped.exit_code
     except BrokenPipeError:
-        # Python would complain once more while flushing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception:
         import traceback
 
-        traceback.print_exc()
+        output.show(traceback.format_exc())
         output.tell("this is a fault of qmpnbd: please report it with the lines above")
         return QmpnbdError.exit_code
     return code
@@ -68,7 +66,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def entry() -> NoReturn:
     """Runs the command line of this process."""
-    sys.exit(main(sys.argv[1:]))
+    output.take_standard_streams()
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as ended:  # of argparse: after help, or a mistake
+        code = ended.code if isinstance(ended.code, int) else 0
+    lost = output.settle()
+    sys.exit(code or lost)
 
 
 def _log_to_stderr(verbose: int, *, quiet: bool) -> None:
@@ -86,7 +90,10 @@ def _log_to_stderr(verbose: int, *, quiet: bool) -> None:
 
 
 def _json_error(error: QmpnbdError) -> None:
+    import contextlib
+
     from qmpnbd.report.jsontext import document_json
     from qmpnbd.report.model import ErrorDocument, ErrorEntry
 
-    output.write([document_json(ErrorDocument(error=ErrorEntry.of(error)))])
+    with contextlib.suppress(ReportFileError, BrokenPipeError):  # it was told on stderr, and has the exit code
+        output.write([document_json(ErrorDocument(error=ErrorEntry.of(error)))])

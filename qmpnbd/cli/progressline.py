@@ -27,7 +27,7 @@ class Line:
 
     def __exit__(self, *_: object) -> None:
         if self.on_terminal:
-            print(_CLEAR, end="", file=sys.stderr, flush=True)
+            output.show(_CLEAR)
 
     def show(self, line: Callable[[], str]) -> None:
         """Shows what `line` returns, unless the one before is still new."""
@@ -39,6 +39,6 @@ class Line:
         """Shows a text at once."""
         if self.on_terminal:
             room = (terminal.width(sys.stderr) or _COLUMNS) - 1
-            print(f"{_CLEAR}{text[:room]}", end="", file=sys.stderr, flush=True)
+            output.show(f"{_CLEAR}{text[:room]}")
         else:
             output.tell(text)

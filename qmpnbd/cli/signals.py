@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from qmpnbd.cli import output
 from qmpnbd.cli.exit_codes import StoppedBySignal
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ async def _run(work: Coroutine[Any, Any, T]) -> T:
 
     def stop(number: signal.Signals) -> None:
         if received:
-            print("qmpnbd: still taking down what was made in QEMU", file=sys.stderr)
+            output.tell("still taking down what was made in QEMU")
         else:
             task.cancel()
         received.append(number)

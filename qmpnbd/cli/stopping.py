@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 from collections.abc import Iterator
 from types import FrameType
 
+from qmpnbd.cli import output
 from qmpnbd.cli.exit_codes import StoppedBySignal
 from qmpnbd.deadline import Deadline
 from qmpnbd.errors import DeadlineError
@@ -29,7 +29,7 @@ def stopped_by_signals(deadline: Deadline) -> Iterator[None]:
 
     def stop(number: int, _frame: FrameType | None) -> None:
         if received:
-            print("qmpnbd: still ending", file=sys.stderr)
+            output.tell("still ending")
         else:
             deadline.stop()
         received.append(signal.Signals(number))
