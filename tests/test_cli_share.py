@@ -123,6 +123,22 @@ class TestCompletion:
         assert "README.md" in complete("qmpnbd", "check", "READ")
         assert [word.rstrip("/") for word in complete("qmpnbd", "validate", "--runtime-dir", "tes")] == ["tests"]
 
+    @pytest.mark.parametrize("words", [["validate"], ["copy"], ["copy", "x"], ["restore", "x", "latest"]])
+    def test_files_and_folders_that_a_command_is_for(self, complete: object, words: list[str]) -> None:
+        assert callable(complete)
+        assert "README.md" in complete("qmpnbd", *words, "READ")
+
+    @pytest.mark.parametrize("words", [["backup"], ["verify"], ["repository", "list"]])
+    def test_repositories(self, complete: object, words: list[str]) -> None:
+        assert callable(complete)
+        assert [word.rstrip("/") for word in complete("qmpnbd", *words, "tes")] == ["tests"]
+        assert complete("qmpnbd", *words, "READ") == []
+
+    def test_subcommands(self, complete: object) -> None:
+        assert callable(complete)
+        assert complete("qmpnbd", "repository", "li") == ["list"]
+        assert complete("qmpnbd", "checkpoint", "li") == ["list"]
+
 
 def test_zsh_offers_the_same(tmp_path: Path) -> None:
     """In a real zsh on a terminal of its own (zsh/zpty): completion works nowhere else."""
@@ -136,7 +152,11 @@ zpty -w -n shell 'qmpnbd val'$'\\t'
 zpty -r -m shell seen '*validate *' && print validate
 zpty -w -n shell '--rou'$'\\t'
 zpty -r -m shell seen '*--rounds*' && print rounds
+zpty -w -n shell $'\\x15qmpnbd repository lis\\ttes\\t'
+zpty -r -m shell seen '*list *tests/*' && print tests
 zpty -d shell
 """
-    done = subprocess.run([have("zsh"), "-f", "-c", script], check=False, capture_output=True, text=True, timeout=30)
-    assert done.stdout.split() == ["validate", "rounds"], done.stderr
+    done = subprocess.run(
+        [have("zsh"), "-f", "-c", script], check=False, capture_output=True, text=True, timeout=60, cwd=FOLDER.parent
+    )
+    assert done.stdout.split() == ["validate", "rounds", "tests"], done.stderr

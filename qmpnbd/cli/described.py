@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from qmpnbd.cli.commands import COMMANDS, verbs
 from qmpnbd.cli.parser import all_commands
 
-_FILES = {"FILE", "IMAGE", "ADDRESS"}
-_FOLDERS = {"DIR"}
+_FILES = {"FILE", "IMAGE", "ADDRESS", "REPORT", "SOURCE", "TARGET"}
+_FOLDERS = {"DIR", "REPOSITORY", "REPO"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,13 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[Argument]:
                 value=value if isinstance(value, str) else " ".join(value),
                 words=action.help or "",
                 choices=tuple(map(str, action.choices or ())),
-                files="file" if value in _FILES else "folder" if value in _FOLDERS else "",
+                files=_files(action, value),
                 group=group.title or "",
             )
+
+
+def _files(action: argparse.Action, value: object) -> str:
+    # What validate takes are images and folders of them, or disks.
+    if value in _FILES or (value == "NAME" and not action.option_strings):
+        return "file"
+    return "folder" if value in _FOLDERS else ""

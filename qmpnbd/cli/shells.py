@@ -23,11 +23,11 @@ def bash(commands: Sequence[Command]) -> str:
         lines += [f"    {command.name})", *_bash_values(command)]
         names = " ".join(name for option in command.options for name in option.names)
         words, files = _positional(command)
-        lines += [
-            f"        [[ $word == -* ]] && {{ {_bash_words(names)}; return; }}",
-            f"        {_bash_reply(words, files)}",
-            "        ;;",
-        ]
+        lines.append(f"        [[ $word == -* ]] && {{ {_bash_words(names)}; return; }}")
+        if words and files:  # a subcommand, and what it is for
+            lines.append(f"        [[ $before == {command.name} ]] && {{ {_bash_words(' '.join(words))}; return; }}")
+            words = ()
+        lines += [f"        {_bash_reply(words, files)}", "        ;;"]
     names = " ".join([command.name for command in commands] + ["--help", "--version"])
     return "\n".join([*lines, f"    *) {_bash_words(names)} ;;", "    esac", "}", "complete -F _qmpnbd qmpnbd", ""])
 
@@ -85,6 +85,9 @@ def zsh(commands: Sequence[Command]) -> str:
     for command in commands:
         words, files = _positional(command)
         specs = [spec for option in command.options for spec in _zsh_option(option)]
+        if words and files:  # a subcommand, and what it is for
+            specs.append(f"'1: :{_zsh_values(words, files)}'")
+            words = ()
         specs.append(f"'*: :{_zsh_values(words, files)}'")
         lines += [f"        {command.name})", "            _arguments -s \\"]
         lines += [f"                {spec} \\" for spec in specs[:-1]]
@@ -124,8 +127,10 @@ def fish(commands: Sequence[Command]) -> str:
         seen = f"complete -c qmpnbd -n '__fish_seen_subcommand_from {command.name}'"
         lines += [f"{seen} {_fish_option(option)}" for option in command.options]
         words, files = _positional(command)
-        if words or files:
-            lines.append(f"{seen} {_fish_values(words, files)}")
+        if words:
+            lines.append(f"{seen} {_fish_values(words, '')}")
+        if files:
+            lines.append(f"{seen} {_fish_values((), files)}")
     return "\n".join([*lines, ""])
 
 
@@ -147,9 +152,12 @@ def _fish_text(text: str) -> str:
 
 
 def _positional(command: Command) -> tuple[tuple[str, ...], str]:
-    """Returns the choices of a command's positional arguments, and whether they are files."""
+    """Returns the choices of a command's first positional argument, and what files any of them names."""
     others = [each for each in command.arguments if not each.names]
-    return (others[0].choices, others[0].files) if others else ((), "")
+    named = {each.files for each in others}
+    # Where files are offered, folders are, too.
+    files = next((kind for kind in ("file", "folder") if kind in named), "")
+    return others[0].choices if others else (), files
 
 
 SHELLS: dict[str, Callable[[Sequence[Command]], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
