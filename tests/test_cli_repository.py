@@ -148,6 +148,17 @@ def test_what_is_damaged_is_removed_when_asked_for(path: Path) -> None:
     assert document("check", path).verdict == "clean"
 
 
+def test_disks_that_are_whole_are_not_given_up_for_one_that_is_damaged(tmp_path: Path) -> None:
+    """Where no backup has all its disks, nobody is told to remove the chain, but to restore what is whole."""
+    repository = Repository.create(tmp_path / "repository")
+    backup = make_backup(repository, {"vd0": Stored(["write -P 1 0 1M"]), "vd1": Stored(["write -P 2 0 1M"])})
+    (backup.path / backup.disk("vd0").file).unlink()
+    done = qmpnbd("repository", "prune", repository.path, "--damaged", code=2)
+    assert "no backup of the chain can be restored with all its disks" in done.stderr
+    assert "Restore the disks that are whole before you remove the folder" in done.stderr
+    qmpnbd("restore", repository.path, "latest", tmp_path / "vd1.raw", "--disk", "vd1")
+
+
 @pytest.mark.parametrize("limit", [0, 4096, 1 << 20, 3 << 20])
 def test_no_room_for_merged_layers_changes_nothing(path: Path, limit: int) -> None:
     """A limit on the size of files stops every write as a full disk does, at the first byte or in the middle."""

@@ -101,8 +101,11 @@ def choose_restorable(checked: Checked, chain: str, *, where: str) -> Choice:
     broken = {backup for in_chain, backup, _ in checked.broken if in_chain == chain}
     whole = [each.backup for each in found if each.backup is not None]
     if not {each.manifest.id for each in whole} - broken:
-        remedy = "Remove the folder of the chain yourself, or begin another chain."
-        raise UsageError("not one backup of the chain can be restored", where=where, remedy=remedy)
+        remedy = (
+            "Begin another chain. Restore the disks that are whole before you remove the folder of this one: "
+            "'qmpnbd repository check --content' tells the others."
+        )
+        raise UsageError("no backup of the chain can be restored with all its disks", where=where, remedy=remedy)
     choice = _choice(whole, {each.manifest.id: () for each in whole if each.manifest.id not in broken})
     dropped = tuple(each for each in found if each.backup is None)
     # A step without merges even where nothing goes: the links across what is missing are made anew.
