@@ -88,7 +88,8 @@ class QmpnbdError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}"
-        return f"{text}. {self.remedy}" if self.remedy else text
+        end = "" if text.endswith("?") else "."
+        return f"{text}{end} {self.remedy}" if self.remedy else text
 
 
 class UsageError(QmpnbdError):

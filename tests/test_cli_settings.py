@@ -89,7 +89,7 @@ MISTAKES = {
     "no scalar": ("timeout = [1]\n", "timeout: [1] is no value of this option"),
     "no flag": ("json = 'maybe'\n", "json: 'maybe' is neither true nor false"),
     "no choice": ("[disks]\nverbose = 'x'\n", "[disks] verbose: invalid literal"),
-    "unknown key": ("timeot = 1\n", "'timeot' is not known here; did you mean timeout?"),
+    "unknown key": ("timeot = 1\n", "'timeot' is not known here; did you mean timeout? Correct it"),
     "unknown table": ("[dsks]\n", "'dsks' is not known here; did you mean disks?"),
     "unknown key of a command": ("[disks]\nrounds = 3\n", "[disks]: 'rounds' is not known here"),
 }
@@ -113,6 +113,8 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
 def test_a_mistake_in_the_environment_is_told_with_its_name() -> None:
     with pytest.raises(UsageError, match="environment variable QMPNBD_TIMEOUT: 'x' is not a number of seconds"):
         parsed("disks", "--qmp", "x", QMPNBD_TIMEOUT="x")
+    with pytest.raises(UsageError, match="'x' is not a whole number of 0 or more"):
+        parsed("repository", "prune", "x", QMPNBD_KEEP_LAST="x")
     with pytest.raises(UsageError, match=r"QMPNBD_CHAIN_QEMU: '1' is none of: 5\.2, 7\.2, 10\.0"):
         parsed("chain", "x", QMPNBD_CHAIN_QEMU="1")
 

@@ -35,7 +35,7 @@ def at_least_two(text: str) -> int:
 def whole(text: str) -> int:
     """Reads a whole number of 0 or more."""
     if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
