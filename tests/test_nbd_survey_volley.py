@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError, NbdRequestError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.connection import Connection
+from qmpnbd.nbd.constants import MAX_FINISHED_COOKIES, MAX_PENDING, Command
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.requests import Give, Wait
 from qmpnbd.nbd.survey import Survey
 from qmpnbd.nbd.wire import Send
 from tests.hostile_nbd import DEPTH, chunk, failure, status
-from tests.nbd_line import Line
-from tests.test_nbd_survey import Tell, connected, converse, emptiness
+from tests.nbd_line import Line, stopped
+from tests.test_nbd_survey import Tell, connected, converse, emptiness, joined_after
 
 HUGE = 1500 << 32
 
@@ -41,10 +42,13 @@ ODD_REPLIES: dict[str, Tell] = {
 }
 
 
+@pytest.mark.parametrize("loose", [1, 1024])
 @pytest.mark.parametrize("case", ODD_REPLIES)
 @given(st.sets(st.integers(50, 1400), min_size=1, max_size=20), st.integers(0, 2**32))
 @settings(max_examples=15, deadline=None)
-def test_replies_that_are_not_the_expected_one_are_judged_by_themselves(case: str, odd: set[int], seed: int) -> None:
+def test_replies_that_are_not_the_expected_one_are_judged_by_themselves(
+    loose: int, case: str, odd: set[int], seed: int
+) -> None:
     connection = connected(HUGE, 512, {DEPTH: 7})
     held: list[bytes] = []
     chance = Random(seed)
@@ -77,7 +81,8 @@ def test_replies_that_are_not_the_expected_one_are_judged_by_themselves(case: st
             line.run(job)
         assert connection.live
         return
-    (mapped,) = line.run(job).values()
+    with joined_after(loose):
+        (mapped,) = line.run(job).values()
     assert mapped.size == HUGE
     assert not connection.busy
     if case == "too long":
@@ -169,3 +174,58 @@ def test_many_requests_given_up_or_lost() -> None:
         line.receive()
     assert not line.incoming
     assert given_up.live
+
+
+def test_late_chunks_of_many_do_not_have_all_that_follows_remembered() -> None:
+    """Each is remembered by itself, and room is made for it as for any other."""
+    connection = connected(HUGE, 512, {DEPTH: 7})
+    late: list[bytes] = []
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        if request.length > 2**31:
+            late.append(status(request.cookie, 7, [(request.length, 1)]))
+        return [*emptiness(request), *(late if len(late) == 700 else [])]
+
+    maps, _ = converse(connection, tell)
+    assert maps == {DEPTH: ExtentMap.uniform(HUGE, 0)}
+    flushed: list[int] = []
+
+    def flush(request: RequestHeader) -> list[bytes]:
+        flushed.append(request.cookie)
+        return [chunk(request.cookie, 0, done=True)]
+
+    line = Line(connection, flush)
+    for _ in range(2 * MAX_FINISHED_COOKIES):
+        line.run(connection.call(Command.FLUSH))
+    line.incoming += chunk(flushed[0], 0, done=True)
+    with pytest.raises(NbdProtocolError, match="unknown cookie"):
+        line.receive()
+
+
+def test_many_requests_that_are_given_up_leave_room_for_others() -> None:
+    """Half of it: the next ones are made one by one until the server has answered."""
+    connection = connected(HUGE, 512, {DEPTH: 7})
+    silent = True
+    made = []
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        """Tells by two answers that the disk is empty, and answers nothing of what follows."""
+        return [] if silent and request.length > 2**31 else emptiness(request)
+
+    for _ in range(3):
+        line = Line(connection, tell)
+        job = Survey(connection.export, "here", clock=stopped).run(connection)
+        operation = next(job)
+        while isinstance(operation, Send) or line.incoming:
+            if isinstance(operation, Send):
+                line._sent(operation)
+            else:
+                line.receive()
+            operation = job.send(b"")
+        job.close()
+        made.append(len(line.requests))
+    assert made == [2 + MAX_PENDING // 2, 3, 3]
+    silent = False
+    maps, count = converse(connection, tell)
+    assert maps == {DEPTH: ExtentMap.uniform(HUGE, 0)}
+    assert count > 1500

@@ -109,6 +109,11 @@ class Connection:
         """Whether an answer is still to come, though perhaps nobody waits for it any more."""
         return bool(self._ledger.pending or self._ledger.volleys)
 
+    @property
+    def room(self) -> int:
+        """How many requests can be made before one must be answered."""
+        return max(constants.MAX_PENDING - self._ledger.unanswered, 0)
+
     def lose(self) -> None:
         """Declares the connection dead, for instance because the socket is gone."""
         self._become(State.DEAD)
@@ -166,7 +171,7 @@ class Connection:
             NbdDisconnectedError: the server is shutting down, or the connection was lost before.
         """
         self._require_open()
-        if len(self._ledger.pending) >= constants.MAX_PENDING:
+        if not self.room:
             self.lose()
             raise NbdDisconnectedError(f"{constants.MAX_PENDING} requests were not answered", where=self.where)
         most = self._limits.extra_chunks

@@ -48,6 +48,11 @@ class Ledger:
         self._last_cookie += 1
         return self._last_cookie
 
+    @property
+    def unanswered(self) -> int:
+        """How many requests have no complete answer, those of calls that were given up included."""
+        return len(self.pending) + sum(volley.open for volley in self.volleys)
+
     def add(self, request: Request) -> int:
         """Books a request; returns its cookie."""
         cookie = self.cookie()
@@ -91,9 +96,7 @@ class Ledger:
         self.answered += 1
         del self.pending[cookie]
         request.sink = NOWHERE
-        self._finished[cookie] = request
-        if len(self._finished) == constants.MAX_FINISHED_COOKIES // 2:
-            self._finished, self._finished_before = {}, self._finished
+        self._remember(cookie, request)
         batch = request.batch
         if batch.pending.pop(cookie, None) is not None:
             batch.finished.append(request)
@@ -124,9 +127,16 @@ class Ledger:
                 return request
         for volley in (*self.volleys, *self._answered):
             if volley.first <= cookie < volley.first + volley.count:
-                self._finished[cookie] = volley.answered(cookie)
-                return self._finished[cookie]
+                request = volley.answered(cookie)
+                self._remember(cookie, request)
+                return request
         return None
+
+    def _remember(self, cookie: int, request: Request) -> None:
+        """Keeps a request that is finished, because something may still come for it."""
+        self._finished[cookie] = request
+        if len(self._finished) == constants.MAX_FINISHED_COOKIES // 2:
+            self._finished, self._finished_before = {}, self._finished
 
     def _end_volley(self, volley: Volley) -> None:
         self.volleys.remove(volley)

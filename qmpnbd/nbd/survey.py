@@ -29,7 +29,7 @@ import numpy as np
 from qmpnbd.errors import UsageError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.connection import Connection
-from qmpnbd.nbd.constants import SECTOR, Command, CommandFlag, TransmissionFlag
+from qmpnbd.nbd.constants import MAX_PENDING, SECTOR, Command, CommandFlag, TransmissionFlag
 from qmpnbd.nbd.export import Export
 from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.messages import pack_status_filter
@@ -37,7 +37,7 @@ from qmpnbd.nbd.pace import Pace
 from qmpnbd.nbd.quirks import Quirk
 from qmpnbd.nbd.ranges import aligned_range, longest_effect, rest
 from qmpnbd.nbd.requests import Batch, Due, Job, Request, Wait
-from qmpnbd.nbd.survey_reply import Reply, Span, Terms
+from qmpnbd.nbd.survey_reply import Reply, Span, Terms, joined
 from qmpnbd.nbd.survey_volley import EmptyVolley
 from qmpnbd.nbd.wire import Send
 
@@ -49,6 +49,7 @@ _LIKED_EXTENTS: Final = 65536  # half of what QEMU tells at most, so that few re
 _GROWTH: Final = 8  # a disk that is empty here may be dense there
 _VOLLEY: Final = 256  # requests made at once while the disk is empty; the server works on them one after the other
 _VOLLEYS: Final = 2  # one is answered while the next one is on its way
+_LOOSE: Final = 1024  # replies kept as they came; each costs hundreds of bytes, however little it tells
 _GRACE: Final = 1024
 """No disk has a status for less than a sector ("NBD_CMD_BLOCK_STATUS": lengths SHOULD be multiples of 512), so a
 server that needs more replies than there are sectors, plus some for unaligned ends, is not getting anywhere."""
@@ -94,6 +95,7 @@ class Survey:
         self._longest = longest_effect(export)
         self._block = export.minimum_block
         self._short = 0
+        self._loose = 0
         self._empty = False
         self._volleys: dict[Request, EmptyVolley] = {}
         self._limits = limits
@@ -131,10 +133,13 @@ class Survey:
                         volley = self._volleys.pop(request)
                         self._terms.spend(volley.count)
                         self._spans.extend(volley.spans())
+                        self._loose += 1
                         self._pace.restart()
                 if self._terms.error is not None:
                     raise self._terms.error
-        self._spans.sort(key=lambda span: span.start)
+                if self._loose >= _LOOSE:
+                    self._join()
+        self._join()
         return {name: self._map(name) for name in self.names}
 
     def once(self, connection: Connection, *, one: bool) -> Job[dict[str, ExtentMap]]:
@@ -163,6 +168,7 @@ class Survey:
     def _believed(self, reply: Reply, extents: int) -> None:
         """Learns from a reply that is complete and was believed; what it left out is asked for again."""
         span = reply.span
+        self._loose += 1
         if not span.complete:
             self._short += 1
             if self._short > self._most_short:
@@ -173,6 +179,12 @@ class Survey:
         ideal = covered * _LIKED_EXTENTS // extents
         self._empty = extents == 1
         self._length = max(_SHORTEST_SPAN, min(ideal, self._length * _GROWTH, self._longest))
+
+    def _join(self) -> None:
+        """Puts together what is known so far, so that a map costs what its extents do."""
+        self._spans.sort(key=lambda span: span.start)
+        self._spans = joined(self._spans)
+        self._loose = 0
 
     def _requests(self, connection: Connection, batch: Batch) -> bytes:
         """Makes as many requests as may be in flight."""
@@ -191,6 +203,8 @@ class Survey:
         if not enough or not self._empty or self._length < self._longest or len(self._volleys) == _VOLLEYS:
             return None
         if len(export.contexts) > 1 or export.replies == "extended":
+            return None
+        if connection.room < _VOLLEY + MAX_PENDING // 2:  # half of it is for others, and for what was given up
             return None
 
         def alone(span: Span) -> Request:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from itertools import groupby
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from qmpnbd.nbd.requests import Request, Sink, Status
 
 Values: TypeAlias = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 
+_LARGE: Final = 1024  # extents of a piece that is not worth copying to save what it costs itself
 _SMALL = ("base:", "qemu:")  # namespaces whose status has 32 bits, whatever the headers
 
 
@@ -66,6 +68,19 @@ class Track:
     ends: list[U64] = field(default_factory=list)
     values: list[Values] = field(default_factory=list)
 
+    def join(self) -> None:
+        """Puts small pieces together, and runs of one status across them; large ones are not copied again."""
+        pieces = list(zip(self.ends, self.values, strict=True))
+        self.ends, self.values = [], []
+        for large, some in groupby(pieces, key=lambda piece: len(piece[0]) >= _LARGE):
+            group = list(some)
+            if not large:
+                ends, values = zip(*group, strict=True)
+                group = [_runs(np.concatenate(ends), np.concatenate(values))]
+            for piece, told in group:
+                self.ends.append(piece)
+                self.values.append(told)
+
 
 class Span:
     """Bytes ``[start, end)`` that are asked for by themselves, and what is known of each context in them."""
@@ -86,6 +101,43 @@ class Span:
     def complete(self) -> bool:
         """Whether everything is known."""
         return self.cursor >= self.end
+
+
+def joined(spans: list[Span]) -> list[Span]:
+    """Puts together what is known: a span and its pieces cost many times what an extent does.
+
+    Args:
+        spans: in order; there may be gaps between them.
+
+    Returns:
+        The same knowledge in fewer spans. Those with something left to ask for are the same objects.
+    """
+    result: list[Span] = []
+    last: Span | None = None  # made here, so that it may grow
+    for span in spans:
+        if not span.complete:
+            last = None
+            result.append(span)
+            continue
+        if last is None or last.end != span.start:
+            last = Span(span.start, span.start, tuple(span.tracks))
+            result.append(last)
+        last.end = span.end
+        for name, track in span.tracks.items():
+            grown = last.tracks[name]
+            grown.cursor = track.cursor
+            grown.ends += track.ends
+            grown.values += track.values
+    for span in result:
+        for track in span.tracks.values():
+            track.join()
+    return result
+
+
+def _runs(ends: U64, values: Values) -> tuple[U64, Values]:
+    """Returns extents with runs of one status put together; there is at least one extent."""
+    last_of_run = np.append(values[1:] != values[:-1], True)
+    return (ends, values) if last_of_run.all() else (ends[last_of_run], values[last_of_run])
 
 
 class Reply(Sink):
@@ -194,9 +246,7 @@ class Reply(Sink):
             ends, values = ends[new:], values[new:]
         if not ends.size:
             return
-        last_of_run = np.append(values[1:] != values[:-1], True)
-        if not last_of_run.all():
-            ends, values = ends[last_of_run], values[last_of_run]
+        ends, values = _runs(ends, values)
         track.ends.append(ends)
         track.values.append(values)
         track.cursor = int(ends[-1])
