@@ -91,6 +91,41 @@ def test_replies_that_are_not_the_expected_one_are_judged_by_themselves(
         assert len(mapped) > 1
 
 
+# Of the requests of a huge disk: two by themselves, then 256 at once, and 256.
+PLACES = {"the first": 2, "the second": 3, "the last": 257, "the first of the next": 258}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_the_map_is_what_was_told_if_one_of_many_is_told_in_two_extents(place: int) -> None:
+    connection = connected(HUGE, 65536, {DEPTH: 7})
+    told: list[tuple[int, list[tuple[int, int]]]] = []
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        number = len(told)
+        extents = [(65536, 9), (request.length - 65536, 8)] if number == place else [(request.length, number % 3)]
+        told.append((request.offset, extents))
+        return [status(request.cookie, 7, extents, done=True)]
+
+    maps, _ = converse(connection, tell)
+    assert maps == {DEPTH: ExtentMap.of_extents([extent for _, extents in sorted(told) for extent in extents])}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_one_of_many_that_fails_after_all_others_were_answered_is_a_failure(place: int) -> None:
+    connection = connected(HUGE, 65536, {DEPTH: 7})
+    cookies: list[int] = []
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        cookies.append(request.cookie)
+        number = len(cookies) - 1
+        told = [failure(request.cookie, 5, done=False)] if number == place else emptiness(request)
+        return [*told, *([chunk(cookies[place], 0, done=True)] if number == place + 600 else [])]
+
+    with pytest.raises(NbdRequestError, match="EIO"):
+        converse(connection, tell)
+    assert connection.live
+
+
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [

@@ -61,13 +61,17 @@ class Ledger:
         return cookie
 
     def add_volley(self, batch: Batch, volley: Volley) -> int:
-        """Books many requests at once; returns the first of their cookies."""
-        first = self._last_cookie + 1
+        """Books many requests at once; returns the first of their cookies.
+
+        What stands for all of them has a cookie of its own, which is never sent: any of them may become a request by
+        itself, the first one as well.
+        """
+        own = self.cookie()
         self._last_cookie += volley.count
         self.made += volley.count
         self.volleys.append(volley)
-        batch.pending[first] = volley.request
-        return first
+        batch.pending[own] = volley.request
+        return own + 1
 
     def find(self, cookie: int) -> Request | None:
         """Returns the request that a message belongs to, perhaps one that is finished; None for an unknown cookie."""
@@ -142,7 +146,7 @@ class Ledger:
         self.volleys.remove(volley)
         self._answered.append(volley)
         batch = volley.request.batch
-        if batch.pending.pop(volley.first, None) is not None:
+        if batch.pending.pop(volley.first - 1, None) is not None:
             batch.finished.append(volley.request)
             if batch.wake is not None:
                 batch.wake()

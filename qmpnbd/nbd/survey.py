@@ -140,6 +140,8 @@ class Survey:
                 if self._loose >= _LOOSE:
                     self._join()
         self._join()
+        if self._start < self._end and [(each.start, each.end) for each in self._spans] != [(self._start, self._end)]:
+            raise RuntimeError(f"{self._where}: a map with a gap, which is a defect of qmpnbd")  # and not a map
         return {name: self._map(name) for name in self.names}
 
     def once(self, connection: Connection, *, one: bool) -> Job[dict[str, ExtentMap]]:
