@@ -212,13 +212,31 @@ def test_what_arrives_for_a_call_that_was_given_up_is_dropped() -> None:
 
 def test_calls_that_are_given_up_do_not_pile_up_for_ever() -> None:
     connection = Connection(EXPORT, "here")
-    for _ in range(constants.MAX_PENDING):
+    for _ in range(constants.MAX_ABANDONED):
         given_up = connection.call(Command.FLUSH)
         next(given_up)
         given_up.close()
     with pytest.raises(NbdDisconnectedError, match="1024 requests were not answered"):
         next(connection.call(Command.FLUSH))
     assert not connection.live
+
+
+def test_calls_that_somebody_waits_for_may_be_many() -> None:
+    connection = Connection(EXPORT, "here")
+    jobs = [connection.call(Command.FLUSH) for _ in range(3 * constants.MAX_ABANDONED)]
+    for job in jobs:
+        next(job)
+        job.send(b"")
+    for job in jobs[: constants.MAX_ABANDONED - 1]:
+        job.close()
+    line = Line(connection, data=b"".join(simple(cookie) for cookie in range(1, len(jobs) + 1)))
+    assert connection.abandoned == constants.MAX_ABANDONED - 1
+    while line.incoming:
+        line.receive()
+    assert connection.abandoned == 0
+    for job in jobs[constants.MAX_ABANDONED - 1 :]:
+        with pytest.raises(StopIteration):
+            job.send(b"")
 
 
 def test_replies_may_come_in_any_order() -> None:

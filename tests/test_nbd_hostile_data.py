@@ -222,6 +222,31 @@ def test_many_calls_at_once(folder: Path) -> None:
         asyncio.run(main(), debug=True)
 
 
+def test_more_calls_at_once_than_a_socket_takes(folder: Path) -> None:
+    """More requests than may be given up, and more pieces to send than the kernel takes at a time (IOV_MAX)."""
+    offsets = range(0, 1_000_000, 500)
+    go = threading.Event()
+
+    def patient(request: RequestHeader, count: int) -> Iterator[bytes]:
+        go.wait(LONG)
+        yield acknowledged(request)
+
+    async def release() -> None:
+        go.set()
+
+    async def main() -> None:
+        async with await aio.Client.connect(uri) as client:
+            writes = [client.write(offset, pattern(offset, 500)) for offset in offsets]
+            await asyncio.gather(*writes, release())  # when all of them have begun
+            data = await asyncio.gather(*(client.read(offset, 500) for offset in offsets))
+        assert list(map(bytes, data)) == [pattern(offset, 500) for offset in offsets]
+
+    server = Script(flags=WRITABLE, others=patient)
+    with serving(folder, server) as uri:
+        asyncio.run(main())
+    assert server.payloads[: len(offsets)] == [pattern(offset, 500) for offset in offsets]
+
+
 def test_cancelling_some_of_many_calls_harms_no_other(folder: Path) -> None:
     held: list[RequestHeader] = []
     go = threading.Event()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError, NbdRequestError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.connection import Connection
-from qmpnbd.nbd.constants import MAX_FINISHED_COOKIES, MAX_PENDING, Command
+from qmpnbd.nbd.constants import MAX_FINISHED_COOKIES, Command
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.requests import Give, Wait
 from qmpnbd.nbd.survey import Survey
@@ -237,8 +237,8 @@ def test_late_chunks_of_many_do_not_have_all_that_follows_remembered() -> None:
         line.receive()
 
 
-def test_many_requests_that_are_given_up_leave_room_for_others() -> None:
-    """Half of it: the next ones are made one by one until the server has answered."""
+def test_many_requests_that_are_given_up_are_answered_before_others_are_made() -> None:
+    """Until then they are made one by one."""
     connection = connected(HUGE, 512, {DEPTH: 7})
     silent = True
     made = []
@@ -259,8 +259,9 @@ def test_many_requests_that_are_given_up_leave_room_for_others() -> None:
             operation = job.send(b"")
         job.close()
         made.append(len(line.requests))
-    assert made == [2 + MAX_PENDING // 2, 3, 3]
+    assert made == [2 + 2 * 256, 3, 3]
     silent = False
     maps, count = converse(connection, tell)
     assert maps == {DEPTH: ExtentMap.uniform(HUGE, 0)}
     assert count > 1500
+    assert connection.abandoned == 2 * 256 + 2

@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _BUFFER: Final = constants.LOOK_AHEAD  # bytes; larger payloads go past it
 _SPARE: Final = 64  # bytes; more than precedes any payload
+_PIECES: Final = 1024  # of what is to be sent, at a time: IOV_MAX of Linux
 _NOTHING: Final = memoryview(b"")
 
 
@@ -164,7 +166,8 @@ class Channel:
         outgoing = self._outgoing
         while outgoing:
             try:
-                count = self._sock.sendmsg(list(outgoing)) if len(outgoing) > 1 else self._sock.send(outgoing[0])
+                some = list(islice(outgoing, _PIECES))
+                count = self._sock.sendmsg(some) if len(some) > 1 else self._sock.send(some[0])
             except BlockingIOError:
                 return False
             except OSError as error:

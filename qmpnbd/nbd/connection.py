@@ -110,9 +110,9 @@ class Connection:
         return bool(self._ledger.pending or self._ledger.volleys)
 
     @property
-    def room(self) -> int:
-        """How many requests can be made before one must be answered."""
-        return max(constants.MAX_PENDING - self._ledger.unanswered, 0)
+    def abandoned(self) -> int:
+        """How many requests nobody waits for any more, and are not answered."""
+        return self._ledger.abandoned
 
     def lose(self) -> None:
         """Declares the connection dead, for instance because the socket is gone."""
@@ -138,9 +138,8 @@ class Connection:
             yield batch
         finally:
             for request in batch.pending.values():
-                request.sink = NOWHERE
                 self._receiver.drop(request)
-            batch.pending.clear()
+            self._ledger.abandon(batch)
             batch.finished.clear()
             batch.wake = None
 
@@ -171,9 +170,9 @@ class Connection:
             NbdDisconnectedError: the server is shutting down, or the connection was lost before.
         """
         self._require_open()
-        if not self.room:
+        if self._ledger.abandoned >= constants.MAX_ABANDONED:
             self.lose()
-            raise NbdDisconnectedError(f"{constants.MAX_PENDING} requests were not answered", where=self.where)
+            raise NbdDisconnectedError(f"{constants.MAX_ABANDONED} requests were not answered", where=self.where)
         most = self._limits.extra_chunks
         if command == Command.READ:
             most += length // constants.SECTOR + 2  # and two at unaligned ends

@@ -203,8 +203,9 @@ MAX_EXTRA_CHUNKS: Final = 16
 MAX_FINISHED_COOKIES: Final = 1024
 """Finished requests whose late chunks are recognised. They come right behind, so far fewer would do."""
 
-MAX_PENDING: Final = 1024
-"""Requests under way, those included that nobody waits for any more. QEMU works on 16 at a time."""
+MAX_ABANDONED: Final = 1024
+"""Requests that nobody waits for any more and that are not answered. QEMU works on 16 at a time. Of those that somebody
+waits for there may be as many as callers make."""
 
 SECTOR: Final = 512
 """Bytes. Lengths of extents SHOULD be multiples of it, and no server cuts data into smaller chunks."""

@@ -38,6 +38,7 @@ class Ledger:
         self.volleys: list[Volley] = []
         self.made = 0
         self.answered = 0
+        self._abandoned = 0  # of those that are pending
         self._finished: dict[int, Request] = {}
         self._finished_before: dict[int, Request] = {}  # forgotten together: one at a time is slow, at a dict's front
         self._answered: deque[Volley] = deque(maxlen=_VOLLEYS)
@@ -49,9 +50,9 @@ class Ledger:
         return self._last_cookie
 
     @property
-    def unanswered(self) -> int:
-        """How many requests have no complete answer, those of calls that were given up included."""
-        return len(self.pending) + sum(volley.open for volley in self.volleys)
+    def abandoned(self) -> int:
+        """How many requests nobody waits for any more, and are not answered."""
+        return self._abandoned + sum(volley.open for volley in self.volleys if volley.request.sink is NOWHERE)
 
     def add(self, request: Request) -> int:
         """Books a request; returns its cookie."""
@@ -106,9 +107,19 @@ class Ledger:
             batch.finished.append(request)
             if batch.wake is not None:
                 batch.wake()
+        else:
+            self._abandoned -= 1
+
+    def abandon(self, batch: Batch) -> None:
+        """Has dropped what still comes for a batch, because nobody waits for it."""
+        for cookie, request in batch.pending.items():
+            request.sink = NOWHERE
+            self._abandoned += cookie in self.pending
+        batch.pending.clear()
 
     def forget(self) -> None:
         """Forgets what nobody will answer any more."""
+        self._abandoned = 0
         self.pending.clear()
         self.volleys.clear()
 
@@ -126,6 +137,8 @@ class Ledger:
                 self.pending[cookie] = request
                 if request.sink is not NOWHERE:
                     request.batch.pending[cookie] = request
+                else:
+                    self._abandoned += 1
                 if not volley.open:
                     self._end_volley(volley)
                 return request

@@ -29,7 +29,7 @@ import numpy as np
 from qmpnbd.errors import UsageError
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.connection import Connection
-from qmpnbd.nbd.constants import MAX_PENDING, SECTOR, Command, CommandFlag, TransmissionFlag
+from qmpnbd.nbd.constants import SECTOR, Command, CommandFlag, TransmissionFlag
 from qmpnbd.nbd.export import Export
 from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
 from qmpnbd.nbd.messages import pack_status_filter
@@ -206,7 +206,7 @@ class Survey:
             return None
         if len(export.contexts) > 1 or export.replies == "extended":
             return None
-        if connection.room < _VOLLEY + MAX_PENDING // 2:  # half of it is for others, and for what was given up
+        if connection.abandoned:  # by the hundred they would soon be too many
             return None
 
         def alone(span: Span) -> Request:
