@@ -102,6 +102,20 @@ def test_a_description_and_a_list_of_exports(disk: str, folder: Path, three_laye
     assert "ignored" in refused.stderr
 
 
+def test_a_list_that_says_something_else_of_an_export_than_the_export(folder: Path) -> None:
+    if not is_1_14():
+        pytest.skip("this nbdinfo describes servers in another form than 1.14, which ours has")
+    listed = "list_exports=echo INTERLEAVED; echo a; echo 'by the list'; echo b; echo"
+    script = ("get_size=echo 1M", "pread=exit 1", listed, "export_description=echo 'by itself'")
+    with running(folder, "nbdkit", "-f", "-U", "{socket}", "eval", *script) as address:
+        uri = address.format("a")
+        assert qmpnbd("info", uri, "--list", "--nbdinfo").stdout == nbdinfo("--list", "--no-content", "--json", uri)
+        assert qmpnbd("info", uri, "--list", "--nbdinfo-text").stdout == nbdinfo("--list", uri)
+        assert qmpnbd("info", uri, "--nbdinfo").stdout == nbdinfo("--no-content", "--json", uri)
+        exports = json.loads(qmpnbd("info", uri, "--list", "--json").stdout)["exports"]
+    assert [export["description"] for export in exports] == ["by itself", "by itself"]
+
+
 ABILITIES = ("connect", "read", "write", "cache", "df", "flush", "fua", "multi-conn", "trim", "zero", "fast-zero")
 
 

@@ -108,6 +108,7 @@ def _document(arguments: argparse.Namespace) -> InfoDocument:
 
     deadline = Deadline(arguments.timeout)
     # nbdinfo 1.14 knows no extended headers, and says what was agreed.
-    best: Replies = "structured" if arguments.nbdinfo or arguments.nbdinfo_text else "extended"
+    compatible = arguments.nbdinfo or arguments.nbdinfo_text
+    best: Replies = "structured" if compatible else "extended"
     with Negotiation.connect(arguments.uri, tls=options.tls(arguments), deadline=deadline, best=best) as negotiation:
-        return info_document(negotiation, all_exports=arguments.list, deadline=deadline)
+        return info_document(negotiation, all_exports=arguments.list, deadline=deadline, as_nbdinfo=compatible)

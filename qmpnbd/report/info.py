@@ -14,23 +14,29 @@ from qmpnbd.report.model import ExportEntry, InfoDocument
 _PROTOCOLS = {"fixed newstyle": "newstyle-fixed", "newstyle": "newstyle", "oldstyle": "oldstyle"}
 
 
-def info_document(negotiation: Negotiation, *, all_exports: bool, deadline: Deadline) -> InfoDocument:
+def info_document(
+    negotiation: Negotiation, *, all_exports: bool, deadline: Deadline, as_nbdinfo: bool = False
+) -> InfoDocument:
     """Asks a server for its exports.
 
     Args:
         negotiation: with the server; an old one that can only be asked by choosing an export is left after that.
         all_exports: all that the server lists, and not the one that the URI names.
         deadline: for all of it.
+        as_nbdinfo: describe the exports of a list by what the list says of them, as nbdinfo does, and not by what the
+            server says of each.
 
     Raises:
         NbdError: the server refused or cannot tell.
         DeadlineError: no answer in time.
     """
-    names = [negotiation.uri.export]
-    if all_exports:
-        names = [name for name, _ in negotiation.list_exports(deadline)]
+    listed = negotiation.list_exports(deadline) if all_exports else [(negotiation.uri.export, "")]
     style, tls, replies = negotiation.style, negotiation.tls, negotiation.replies
-    exports = tuple(_entry(negotiation, name, deadline) for name in names)
+    exports = tuple(_entry(negotiation, name, deadline) for name, _ in listed)
+    if all_exports and as_nbdinfo:
+        exports = tuple(
+            entry.model_copy(update={"description": said}) for entry, (_, said) in zip(exports, listed, strict=True)
+        )
     return InfoDocument(protocol=_PROTOCOLS.get(style, style), tls=tls, replies=replies, exports=exports)
 
 
