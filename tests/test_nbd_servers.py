@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,9 @@ from qmpnbd.nbd.constants import TransmissionFlag
 from qmpnbd.nbd.reconnect import Reconnect
 from qmpnbd.nbd.uri import NbdUri
 from tests.hostile_nbd import BASE, DEPTH, pattern
-from tests.nbd_doors import Door, both_doors
+from tests.nbd_doors import LONG, Door, both_doors
 from tests.nbd_servers import nbdkit, qemu_nbd
-from tests.servers import new_qemu_nbd, qemu_img, qemu_io, storage_daemon
+from tests.servers import new_qemu_nbd, qemu_img, qemu_io, storage_daemon, wait_until
 
 pytestmark = pytest.mark.real
 SIZE = 16 << 20
@@ -196,17 +198,25 @@ def test_nbdkit_of_old_is_read(door: Door, folder: Path) -> None:
 
 
 def test_many_requests_are_in_flight(folder: Path) -> None:
-    """Sixteen reads that take 100 ms each take less than half of 1.6 s together."""
-    with nbdkit(folder, "--filter=delay", "pattern", "1M", "delay-read=100ms") as uri:
+    """Sixteen reads have begun at a server that lets none of them end before."""
+    log, control = folder / "log", f"{folder}/c"
+    filters = ["--filter=log", "--filter=pause", "pattern", "1M", f"logfile={log}", f"pause-control={control}"]
+    with nbdkit(folder, *filters) as uri, socket.socket(socket.AF_UNIX) as pause:
+        pause.connect(control)
+        pause.settimeout(LONG)
 
-        async def main() -> float:
+        async def main() -> None:
             async with await aio.Client.connect(uri) as client:
-                loop = asyncio.get_running_loop()
-                began = loop.time()
-                await asyncio.gather(*(client.read(512 * n, 512) for n in range(16)))
-                return loop.time() - began
+                pause.sendall(b"p")
+                assert pause.recv(1) == b"P"
+                reads = [asyncio.create_task(client.read(512 * n, 512)) for n in range(16)]
+                begun = re.compile(r"(?<!\.\.\.)Read id=")
+                await asyncio.to_thread(wait_until, lambda: len(begun.findall(log.read_text())) == 16, "all reads")
+                assert not any(read.done() for read in reads)
+                pause.sendall(b"r")
+                assert len(await asyncio.gather(*reads)) == 16
 
-        assert asyncio.run(main()) < 0.8
+        asyncio.run(main())
 
 
 def test_a_connection_that_breaks_while_pieces_are_read(folder: Path) -> None:
