@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from qmpnbd.errors import NbdProtocolError, NbdUnsupportedError, UsageError
 from qmpnbd.extents import ExtentMap
+from qmpnbd.nbd import survey, survey_reply
 from qmpnbd.nbd.aio_stepwise import Negotiation as AwaitedNegotiation
 from qmpnbd.nbd.constants import Option
 from qmpnbd.nbd.limits import EXTENT_BYTES, Limits
@@ -18,6 +21,7 @@ from qmpnbd.nbd.stepwise import Negotiation
 from tests.hostile_nbd import BASE, DEPTH, Script, To, serving
 from tests.nbd_doors import Door, both_doors
 from tests.option_bytes import ack, info, listed, meta
+from tests.test_nbd_survey import connected, converse
 
 EIGHT = [(512, n % 2) for n in range(8)]
 
@@ -48,6 +52,31 @@ def test_extents_and_their_memory(door: Door, folder: Path) -> None:
                 assert "extents" in str(outcome)
             assert flushed is None, "the connection stays usable"
             assert wide == maps, "a call may have a budget of its own"
+
+
+def test_many_replies_that_tell_little_cost_little() -> None:
+    """A thousand at a time are kept as they came, at a kilobyte each; of the others only the extents are."""
+    replies = 5000
+    held: list[int] = []
+    modules = [
+        tracemalloc.Filter(True, f"*/{module.__name__.rpartition('.')[2]}.py") for module in (survey, survey_reply)
+    ]
+
+    def tell(request: RequestHeader) -> list[bytes]:
+        asked = next(requests)
+        if asked == replies:
+            taken = tracemalloc.take_snapshot().filter_traces(modules)
+            held.append(sum(trace.size for trace in taken.traces))
+        return [To(request).status(7, [(65536, 1), (request.length - 65536, asked % 2)], done=True)]
+
+    requests = count()
+    tracemalloc.start()
+    try:
+        maps, _ = converse(connected(replies << 32, 65536, {DEPTH: 7}), tell)
+    finally:
+        tracemalloc.stop()
+    assert len(maps[DEPTH]) > replies
+    assert 0 < held[0] < replies * 2 * EXTENT_BYTES + (1 << 20)
 
 
 @both_doors
