@@ -13,13 +13,14 @@ from qmpnbd.errors import NbdDisconnectedError, NbdProtocolError, NbdRequestErro
 from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import MAX_FINISHED_COOKIES, Command
+from qmpnbd.nbd.limits import Limits
 from qmpnbd.nbd.messages import RequestHeader
 from qmpnbd.nbd.requests import Give, Wait
 from qmpnbd.nbd.survey import Survey
 from qmpnbd.nbd.wire import Send
 from tests.hostile_nbd import DEPTH, chunk, failure, status
-from tests.nbd_line import Line, stopped
-from tests.test_nbd_survey import Tell, connected, converse, emptiness, joined_after
+from tests.nbd_line import Line, hurried, stopped
+from tests.test_nbd_survey import Tell, Unordered, connected, converse, emptiness, joined_after
 
 HUGE = 1500 << 32
 
@@ -31,6 +32,13 @@ def test_a_huge_empty_disk_is_asked_about_by_the_hundred() -> None:
     assert 1500 < count < 1530
     assert connection.messages < 300
     assert not connection.busy
+
+
+def test_who_allows_few_requests_in_flight_gets_few_on_a_huge_disk_too() -> None:
+    line = Unordered(connected(HUGE, 65536, {DEPTH: 7}), emptiness, Random(0))
+    survey = Survey(line.connection.export, "here", limits=Limits(in_flight=3), clock=hurried())
+    assert line.run(survey.run(line.connection)) == {DEPTH: ExtentMap.uniform(HUGE, 0)}
+    assert line.most_held == 3
 
 
 ODD_REPLIES: dict[str, Tell] = {

@@ -31,7 +31,7 @@ from qmpnbd.extents import ExtentMap
 from qmpnbd.nbd.connection import Connection
 from qmpnbd.nbd.constants import SECTOR, Command, CommandFlag, TransmissionFlag
 from qmpnbd.nbd.export import Export
-from qmpnbd.nbd.limits import DEFAULT_LIMITS, Limits
+from qmpnbd.nbd.limits import DEFAULT_LIMITS, STATUS_IN_FLIGHT, Limits
 from qmpnbd.nbd.messages import pack_status_filter
 from qmpnbd.nbd.pace import Pace
 from qmpnbd.nbd.quirks import Quirk
@@ -207,6 +207,8 @@ class Survey:
         if len(export.contexts) > 1 or export.replies == "extended":
             return None
         if connection.abandoned:  # by the hundred they would soon be too many
+            return None
+        if self._limits.in_flight < STATUS_IN_FLIGHT:  # somebody wants few
             return None
 
         def alone(span: Span) -> Request:
