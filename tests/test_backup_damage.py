@@ -469,6 +469,6 @@ class TestPrunedOfDamage:
 
     def test_where_nothing_would_be_left(self, repository: Repository) -> None:
         (repository.find(CHAIN, "1").path / "vd0.hashes").unlink()
-        with pytest.raises(UsageError, match="not one backup"):
+        with pytest.raises(UsageError, match="no backup of the chain can be restored"):
             self.pruned(repository)
         assert len(repository.backups(CHAIN)) == 3
