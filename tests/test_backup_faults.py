@@ -94,7 +94,7 @@ def test_ended_after_every_step_the_next_run_loses_nothing(
     binaries: QemuBinaries, number: signal.Signals, jobs: int, folder: Path
 ) -> None:
     """Each step on the installed QEMU, some on the others; with two disks at a time other steps come after each."""
-    stride = 7 if binaries != installed() else 1 if (number, jobs) == (signal.SIGKILL, 1) else 3
+    stride = 13 if binaries != installed() else 1 if (number, jobs) == (signal.SIGKILL, 1) else 7
     with running(binaries, folder, new_images(binaries, folder)) as machine:
         machine.back_up()
         published = cut = 0
