@@ -264,14 +264,13 @@ class Survey:
         tracks = [span.tracks.pop(name) for span in self._spans]
         count = sum(len(piece) for track in tracks for piece in track.ends)
         ends, values = np.empty(count, dtype=np.uint64), np.empty(count, dtype=np.uint64)
-        at = 0
-        for track in tracks:
-            for piece, told in zip(track.ends, track.values, strict=True):
-                ends[at : at + len(piece)] = piece
-                values[at : at + len(piece)] = told
-                at += len(piece)
-            track.ends.clear()
-            track.values.clear()
+        at = count
+        for track in reversed(tracks):
+            while track.ends:  # a piece is let go of as soon as it is copied: together they are as large as the map
+                piece, told = track.ends.pop(), track.values.pop()
+                ends[at - len(piece) : at] = piece
+                values[at - len(piece) : at] = told
+                at -= len(piece)
         ends -= np.uint64(self._start)
         joined = ExtentMap.taking(ends, values)
         offset, length = self._asked
