@@ -198,7 +198,8 @@ class TestLock:
 
     def test_readers_do_not_keep_each_other_nor_new_backups_out(self, repository: Repository) -> None:
         with repository.reading(), Repository.open(repository.path).reading():
-            make_backup(repository, {"vd0": Stored()})
+            made = make_backup(repository, {"vd0": Stored()})
+            assert [each.name for each in repository.backups(CHAIN)] == [made.name]
 
     def test_nobody_reads_while_backups_are_removed(self, repository: Repository) -> None:
         with (

@@ -170,6 +170,7 @@ def test_killed_at_any_moment_there_is_the_whole_disk_or_nothing(here: Path, dis
         if Path(target).exists():
             qemu_img("compare", "-q", "-f", "raw", disk, target)
         for left in here.iterdir():
+            assert left.name == target or left.name.endswith(".part"), left
             left.unlink()
 
 

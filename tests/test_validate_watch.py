@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from qmpnbd.validate.run import Options, validate
 from qmpnbd.validate.window import Place, Window, open_window
 from tests.qemu_versions import QemuBinaries, each_qemu
 from tests.servers import Server, blockdev, tool, wait_until
+from tests.test_cli import qmpnbd
 from tests.test_validate_live import one, overlay, reading
 
 pytestmark = pytest.mark.real
@@ -27,11 +30,14 @@ def export_guest(server: Server, folder: Path) -> None:
     server.side("block-export-add", type="nbd", id="guest", node_name="top", name="guest", writable=True)
 
 
-def write(folder: Path, *offsets: str) -> None:
-    """Writes clusters of 64 KiB as a guest does."""
+def qemu_io_words(folder: Path, *offsets: str) -> list[str]:
+    """The command that writes clusters of 64 KiB as a guest does."""
     commands = [word for offset in offsets for word in ("-c", f"write -P 9 {offset} 64k")]
-    uri = f"nbd+unix:///guest?socket={folder}/guest"
-    subprocess.run([tool("qemu-io"), "-f", "raw", *commands, uri], check=True, capture_output=True, timeout=60)
+    return [tool("qemu-io"), "-f", "raw", *commands, f"nbd+unix:///guest?socket={folder}/guest"]
+
+
+def write(folder: Path, *offsets: str) -> None:
+    subprocess.run(qemu_io_words(folder, *offsets), check=True, capture_output=True, timeout=60)
 
 
 def committed(server: Server, over: str, below: str) -> None:
@@ -80,6 +86,61 @@ def test_a_watched_layer_that_is_committed_and_deleted_does_not_take_qemu_with_i
         assert (disk.verdict, disk.discrepancy_count) == ("agreed", 0), disk
         assert server.exports() == ["guest"]
         assert [each for each in server.nodes() if each.startswith("qmpnbd")] == []
+
+
+DYING = """
+import os, signal, subprocess, sys
+from qmpnbd.qmp.monitor import Monitor
+from qmpnbd.validate import live
+from qmpnbd.validate.choice import Choice
+from qmpnbd.validate.run import Options, validate
+
+monitor, folder, after, *write = sys.argv[1:]
+left, execute, read_chain = int(after), Monitor.execute, live.read_chain
+
+async def mortal(self, command, *given, **more):
+    global left
+    reply = await execute(self, command, *given, **more)
+    left -= left < int(after) or command == "blockdev-add"
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return reply
+
+def read(*given):
+    subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
+    return read_chain(*given)
+
+Monitor.execute, live.read_chain = mortal, read
+validate(monitor, ["top"], Options(nbd=f"nbd+unix:///?socket={folder}/guest", runtime_dir=folder))
+"""
+"""A validation that dies after so many commands, from the first on that copies what was recorded."""
+
+
+@each_qemu
+def test_what_a_killed_run_leaves_of_a_copy_is_taken_down(binaries: QemuBinaries, copies: Path) -> None:
+    """After each command: node, bitmap, merge, no more recording, export, and what follows."""
+    with binaries.daemon("--blockdev", blockdev(copies / "top.qcow2", "top", discard="unmap")) as server:
+        export_guest(server, copies)
+        nodes = server.nodes()
+        found = set()
+        for after in range(1, 8):
+            words = [
+                sys.executable,
+                "-c",
+                DYING,
+                str(server.qmp),
+                str(copies),
+                str(after),
+                *qemu_io_words(copies, "1M"),
+            ]
+            done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            found |= {each for each in server.nodes() if each not in nodes}
+            qmpnbd("recover", "--qmp", server.qmp, "--runtime-dir", copies)
+            assert (server.nodes(), server.exports()) == (nodes, ["guest"]), after
+            listed = server.side("query-named-block-nodes", flat=True)
+            assert [node["node-name"] for node in listed if node.get("dirty-bitmaps")] == [], after
+        assert len(found) == 7
 
 
 @each_qemu

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
 
-class Closes:
+class Closes(ABC):
     """A context manager whose end is its `close`."""
 
+    @abstractmethod
     def close(self) -> None:
         """Closes it; may be called twice."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
